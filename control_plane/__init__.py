@@ -1,0 +1,1 @@
+"""The control plane: answers requests from the database. Never imports ray, torch or a tokenizer."""

@@ -1,0 +1,59 @@
+"""Engine and sessions. A transaction commits at the edge that opened it, never inside a service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import Connection, event
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+BUSY_TIMEOUT_S = 30
+
+
+class Database:
+    """One engine; ``read`` and ``write`` give sessions.
+
+    On SQLite a writing transaction begins IMMEDIATE, so that two writers queue instead of failing at commit; the
+    rollback journal is used because SQLite before 3.51.3 can corrupt a WAL database (see SQLite's WAL-reset bug).
+    """
+
+    def __init__(self, url: str) -> None:
+        sqlite = url.startswith("sqlite")
+        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+        self.engine = create_async_engine(url, **options)
+        if sqlite:
+            event.listen(self.engine.sync_engine, "connect", _sqlite_connect)
+            event.listen(self.engine.sync_engine, "begin", _sqlite_begin)
+        writing = self.engine.execution_options(brightrun_begin="IMMEDIATE")
+        self._read = async_sessionmaker(self.engine, expire_on_commit=False)
+        self._write = async_sessionmaker(writing, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """A session for looking; what it changes is rolled back."""
+        async with self._read() as session:
+            yield session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """A session whose transaction commits when the block ends well. It begins at the first statement."""
+        async with self._write() as session, session.begin():
+            yield session
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+
+def _sqlite_connect(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver must not begin by itself; _sqlite_begin does
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    mode = connection.get_execution_options().get("brightrun_begin", "DEFERRED")
+    connection.exec_driver_sql(f"BEGIN {mode}")

@@ -1,0 +1,1 @@
+"""What runs on Ray. The only package that imports ray."""

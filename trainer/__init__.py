@@ -1,0 +1,1 @@
+"""The trainer: ``python -m trainer CONFIG``. Reads a config and local folders, writes local folders."""
