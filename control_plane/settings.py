@@ -26,9 +26,7 @@ class Settings:
 
     data_dir: Path = _setting(Path(".brightrun"), "folder of all state: database, objects, MLflow, logs, secrets")
     database_url: str = _setting("", "SQLAlchemy async URL; default: SQLite in the data folder")
-    storage_url: str = _setting(
-        "", "object store, file:///… or s3://bucket/prefix; default: a folder in the data folder"
-    )
+    storage_url: str = _setting("", "object store: file:///… or s3://bucket/prefix; default: in the data folder")
     host: str = _setting("127.0.0.1", "address the API listens on")
     port: int = _setting(8080, "port the API listens on; 0: any free one")
     public_url: str = _setting("", "how clients reach the API; default: http://HOST:PORT")

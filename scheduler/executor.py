@@ -162,7 +162,7 @@ class Executor(Protocol):
         ...
 
     async def poll(self, name: str, cursor: int, *, epoch: int, allowance_ms: int | None) -> Batch:
-        """Events after ``cursor`` (at most 500), and raise the allowance. Raises StaleEpoch, AttemptGone, Unreachable."""
+        """Events after ``cursor`` (at most 500); sets the allowance. Raises StaleEpoch, AttemptGone, Unreachable."""
         ...
 
     async def stop(self, name: str, reason: str, *, epoch: int) -> None:
