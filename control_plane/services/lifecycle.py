@@ -1,0 +1,164 @@
+"""How work moves: guarded transitions, and the events that tell of them, in one transaction.
+
+Nothing here commits. A transition that changes no row means that somebody else moved the work first: the caller
+discards what it was about to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from control_plane.errors import Conflict
+from control_plane.services import budget
+from control_plane.states import AFTER_STOP, TERMINAL, Stage, Status, StopReason, may, sources
+from control_plane.tables import CostRecord, JobEvent, TrainingJob, Verdict, now
+from control_plane.tables.money import CostType
+
+AnyWork = TrainingJob | Verdict
+
+STAGE_ON_ENTRY = {
+    Status.QUEUED: Stage.QUEUED,
+    Status.INITIALIZING: Stage.INITIALIZING,
+    Status.RUNNING: Stage.TRAINING,
+    Status.COMPLETED: Stage.COMPLETED,
+}
+"""A job that pauses, fails or is cancelled keeps the stage that it had reached."""
+
+_STRENGTH = (StopReason.PREEMPT, StopReason.BUDGET, StopReason.PAUSE, StopReason.CANCEL)
+
+
+async def transition(
+    session: AsyncSession, work: AnyWork, target: Status, *, attempt: int | None = None, **fields: Any
+) -> bool:
+    """Move ``work`` to ``target`` if it may go there, and (when given) if ``attempt`` is still its current one.
+
+    Sets ``fields`` with it, refreshes ``work``, and for a job writes its ``stage`` event, at the end ``complete`` or
+    ``error``; a job that ends has its hold closed and its final cost summed. False: nothing was changed.
+    """
+    table = type(work)
+    guard = [table.id == work.id, table.status.in_(sources(target))]
+    if attempt is not None:
+        guard.append(table.attempt == attempt)
+    values = {**_on_entry(work, target), **fields}
+    changed = await session.execute(
+        update(table).where(*guard).values(**values).execution_options(synchronize_session=False)
+    )
+    if changed.rowcount == 0:  # type: ignore[attr-defined]
+        return False
+    if isinstance(work, TrainingJob):
+        if target in TERMINAL:
+            await _close_books(session, work.id)
+        await session.refresh(work)
+        await append_event(session, work.id, "stage", stage_payload(work))
+        await _tell_end(session, work)
+    else:
+        await session.refresh(work)
+    return True
+
+
+async def append_event(
+    session: AsyncSession,
+    job_id: str,
+    type: str,
+    payload: dict[str, Any],
+    *,
+    attempt_id: str | None = None,
+    number: int | str | None = None,
+) -> int:
+    """Add an event to the job's stream and return its seq; the job's row stays locked until the commit.
+
+    ``number`` says where within the attempt it came from; the same (attempt, number) is refused by the database.
+    """
+    seq = await session.scalar(
+        update(TrainingJob)
+        .where(TrainingJob.id == job_id)
+        .values(event_seq=TrainingJob.event_seq + 1)
+        .returning(TrainingJob.event_seq)
+        .execution_options(synchronize_session=False)
+    )
+    if seq is None:
+        raise LookupError(f"no job {job_id}")
+    origin = None if number is None else str(number)
+    session.add(JobEvent(job_id=job_id, seq=seq, type=type, payload=payload, attempt_id=attempt_id, number=origin))
+    await session.flush()
+    return seq
+
+
+async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason) -> bool:
+    """End or pause ``work``: at once if nothing runs (True), else by asking the scheduler (False).
+
+    A stronger reason replaces a weaker one that was asked before; repeating is harmless.
+    Raises ``Conflict`` when the work has ended, or is already where the request would bring it.
+    """
+    await session.refresh(work, with_for_update=True)
+    target = AFTER_STOP[reason]
+    if work.status in (Status.QUEUED, Status.PAUSED):
+        paused_by = reason if target is Status.PAUSED else None
+        if not may(work.status, target) or not await transition(session, work, target, paused_by=paused_by):
+            raise Conflict(f"A {work.status} job cannot be stopped by {reason}")
+        return True
+    if work.status in TERMINAL:
+        raise Conflict(f"The job is already {work.status}")
+    if work.stop_requested is None or _STRENGTH.index(reason) > _STRENGTH.index(work.stop_requested):
+        work.stop_requested = reason
+        await session.flush()
+        if isinstance(work, TrainingJob):
+            await append_event(session, work.id, "stage", stage_payload(work))
+    return False
+
+
+def stage_payload(job: TrainingJob) -> dict[str, Any]:
+    """The stream's ``stage`` event."""
+    return {
+        "stage": job.current_stage,
+        "status": job.status,
+        "queueReason": job.queue_reason,
+        "stopRequested": job.stop_requested,
+    }
+
+
+def _on_entry(work: AnyWork, target: Status) -> dict[str, Any]:
+    values: dict[str, Any] = {"status": target}
+    if target is not Status.RUNNING:
+        values |= {"queue_reason": None, "reconnecting": False}
+    if target is Status.QUEUED:
+        values |= {"paused_by": None, "stop_requested": None}
+    if target is Status.PAUSED or target in TERMINAL:
+        values |= {"stop_requested": None, "not_before": None}
+    if target in TERMINAL:
+        values |= {"paused_by": None, "completed_at": now()}
+    if isinstance(work, TrainingJob):
+        if target in STAGE_ON_ENTRY:
+            values["current_stage"] = STAGE_ON_ENTRY[target]
+        if target is not Status.RUNNING:
+            values["estimated_completion_at"] = None
+        if target is Status.COMPLETED:
+            values["progress"] = 100.0
+    return values
+
+
+async def _close_books(session: AsyncSession, job_id: str) -> None:
+    await budget.close_hold(session, job_id)
+    charged = select(func.coalesce(func.sum(CostRecord.amount_microusd), 0)).where(
+        CostRecord.job_id == job_id, CostRecord.cost_type == CostType.COMPUTE
+    )
+    total = int(await session.scalar(charged) or 0)
+    await session.execute(
+        update(TrainingJob)
+        .where(TrainingJob.id == job_id)
+        .values(final_cost_microusd=total, current_cost_microusd=total)
+        .execution_options(synchronize_session=False)
+    )
+
+
+async def _tell_end(session: AsyncSession, job: TrainingJob) -> None:
+    if job.status in (Status.COMPLETED, Status.CANCELLED):
+        payload: dict[str, Any] = {"status": job.status}
+        if job.artifact_id:
+            payload["artifactId"] = job.artifact_id
+        await append_event(session, job.id, "complete", payload)
+    elif job.status is Status.FAILED:
+        await append_event(session, job.id, "error", {"code": job.error_code, "message": job.error_message})
