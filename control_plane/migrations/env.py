@@ -1,6 +1,6 @@
 """Alembic runs this file. The connection, with its transaction, comes from ``control_plane.migrations``."""
 
-from typing import Any
+from typing import Any, Literal
 
 from alembic import context
 
@@ -8,7 +8,7 @@ from control_plane.tables import Base
 from control_plane.tables.base import Json, UtcDateTime
 
 
-def render_item(kind: str, item: Any, _context: Any) -> str | bool:
+def render_item(kind: str, item: Any, _context: Any) -> str | Literal[False]:
     """Migrations name plain types only, so that a later change of our own types cannot rewrite history."""
     if kind != "type":
         return False
