@@ -8,6 +8,11 @@ from __future__ import annotations
 from enum import StrEnum
 
 
+class WorkKind(StrEnum):
+    JOB = "JOB"
+    VERDICT = "VERDICT"
+
+
 class Status(StrEnum):
     QUEUED = "QUEUED"
     INITIALIZING = "INITIALIZING"

@@ -6,7 +6,7 @@ discards what it was about to do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,10 +22,9 @@ AnyWork = TrainingJob | Verdict
 STAGE_ON_ENTRY = {
     Status.QUEUED: Stage.QUEUED,
     Status.INITIALIZING: Stage.INITIALIZING,
-    Status.RUNNING: Stage.TRAINING,
     Status.COMPLETED: Stage.COMPLETED,
 }
-"""A job that pauses, fails or is cancelled keeps the stage that it had reached."""
+"""While it runs, the child's phases move the stage; a job that pauses, fails or is cancelled keeps its last one."""
 
 _STRENGTH = (StopReason.PREEMPT, StopReason.BUDGET, StopReason.PAUSE, StopReason.CANCEL)
 
@@ -38,6 +37,7 @@ async def transition(
     Sets ``fields`` with it, refreshes ``work``, and for a job writes its ``stage`` event, at the end ``complete`` or
     ``error``; a job that ends has its hold closed and its final cost summed. False: nothing was changed.
     """
+    await session.flush()
     table = type(work)
     guard = [table.id == work.id, table.status.in_(sources(target))]
     if attempt is not None:
@@ -59,6 +59,12 @@ async def transition(
     return True
 
 
+class NewEvent(NamedTuple):
+    type: str
+    payload: dict[str, Any]
+    number: str | None = None
+
+
 async def append_event(
     session: AsyncSession,
     job_id: str,
@@ -72,19 +78,36 @@ async def append_event(
 
     ``number`` says where within the attempt it came from; the same (attempt, number) is refused by the database.
     """
-    seq = await session.scalar(
+    origin = None if number is None else str(number)
+    return await append_events(session, job_id, [NewEvent(type, payload, origin)], attempt_id=attempt_id)
+
+
+async def append_events(
+    session: AsyncSession, job_id: str, events: list[NewEvent], *, attempt_id: str | None = None
+) -> int:
+    """Like ``append_event``, for several at once; returns the last seq."""
+    last = await session.scalar(
         update(TrainingJob)
         .where(TrainingJob.id == job_id)
-        .values(event_seq=TrainingJob.event_seq + 1)
+        .values(event_seq=TrainingJob.event_seq + len(events))
         .returning(TrainingJob.event_seq)
         .execution_options(synchronize_session=False)
     )
-    if seq is None:
+    if last is None:
         raise LookupError(f"no job {job_id}")
-    origin = None if number is None else str(number)
-    session.add(JobEvent(job_id=job_id, seq=seq, type=type, payload=payload, attempt_id=attempt_id, number=origin))
+    session.add_all(
+        JobEvent(
+            job_id=job_id,
+            seq=last - len(events) + place,
+            type=event.type,
+            payload=event.payload,
+            attempt_id=attempt_id if event.number is not None else None,
+            number=event.number,
+        )
+        for place, event in enumerate(events, 1)
+    )
     await session.flush()
-    return seq
+    return last
 
 
 async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason) -> bool:
@@ -102,12 +125,17 @@ async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason)
         return True
     if work.status in TERMINAL:
         raise Conflict(f"The job is already {work.status}")
-    if work.stop_requested is None or _STRENGTH.index(reason) > _STRENGTH.index(work.stop_requested):
+    if stronger(reason, work.stop_requested) is not work.stop_requested:
         work.stop_requested = reason
         await session.flush()
         if isinstance(work, TrainingJob):
             await append_event(session, work.id, "stage", stage_payload(work))
     return False
+
+
+def stronger(one: StopReason | None, other: StopReason | None) -> StopReason | None:
+    """Of two stop requests the one that wins: a cancel over a pause, a user's over the platform's."""
+    return max(one, other, key=lambda reason: -1 if reason is None else _STRENGTH.index(reason))
 
 
 def stage_payload(job: TrainingJob) -> dict[str, Any]:
@@ -116,7 +144,6 @@ def stage_payload(job: TrainingJob) -> dict[str, Any]:
         "stage": job.current_stage,
         "status": job.status,
         "queueReason": job.queue_reason,
-        "stopRequested": job.stop_requested,
     }
 
 

@@ -8,9 +8,8 @@ from typing import Any
 from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from control_plane.states import Outcome
+from control_plane.states import Outcome, WorkKind
 from control_plane.tables.base import Base, Json, Row, enum_column, now
-from control_plane.tables.work import WorkKind
 
 
 class Attempt(Row, Base):

@@ -35,11 +35,6 @@ class ModelStatus(StrEnum):
     ARCHIVED = "ARCHIVED"
 
 
-class WorkKind(StrEnum):
-    JOB = "JOB"
-    VERDICT = "VERDICT"
-
-
 class Owned:
     """Belongs to a team; the tenant predicate (``services.scope``) reads ``team_id``."""
 
