@@ -10,6 +10,7 @@ from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, S
 from sqlalchemy.orm import Mapped, mapped_column
 
 from control_plane.states import Stage, Status, StopReason
+from control_plane.states import WorkKind as WorkKind
 from control_plane.tables.base import Base, Json, Row, enum_column, now
 
 
