@@ -11,7 +11,7 @@ from sqlalchemy import case, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import BudgetExceeded, NotFound
-from control_plane.services.money import usd
+from control_plane.money import usd
 from control_plane.tables import BudgetHold, CostRecord, Team, now
 from control_plane.tables.money import HoldState
 
