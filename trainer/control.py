@@ -1,0 +1,62 @@
+"""Stop requests: from the rank over standard input, or from a shell by Ctrl-C. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+import msgspec
+
+from trainer.errors import Stopped
+from trainer.protocol import Control, StopReason
+
+ORPHANED = 70
+"""Exit code after the end of standard input under ``--supervised``: the rank is gone."""
+
+
+class StopRequest:
+    """Set once, by any thread; ``reason`` is None until then."""
+
+    def __init__(self) -> None:
+        self.reason: StopReason | None = None
+
+    def ask(self, reason: StopReason) -> None:
+        self.reason = self.reason or reason
+
+    def check(self) -> None:
+        """Raises Stopped if a stop was asked for."""
+        if self.reason:
+            raise Stopped
+
+
+def supervised() -> StopRequest:
+    """Obey control messages on standard input, and end the process at once when it ends."""
+    request = StopRequest()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_listen, args=(request,), name="control", daemon=True).start()
+    return request
+
+
+def _listen(request: StopRequest) -> None:
+    decoder = msgspec.json.Decoder(Control)
+    try:
+        for line in sys.stdin.buffer:
+            if line.strip():
+                request.ask(decoder.decode(line).reason)
+    finally:
+        os._exit(ORPHANED)
+
+
+def from_shell() -> StopRequest:
+    """The first Ctrl-C asks for an orderly stop, the second ends the program."""
+    request = StopRequest()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        request.ask("PAUSE")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    return request
