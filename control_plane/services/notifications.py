@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from control_plane.errors import NotFound
+from control_plane.schemas.base import Pagination
+from control_plane.services.listing import Paging, paginate
 from control_plane.services.sql import insert_or_nothing
 from control_plane.tables import Notification
 from control_plane.tables.notices import NotificationPriority, NotificationType
@@ -38,3 +42,36 @@ async def notify(
         details=details,
         dedupe_key=dedupe_key,
     )
+
+
+async def listed(
+    session: AsyncSession, user_id: str, paging: Paging, read: bool | None
+) -> tuple[list[Notification], Pagination]:
+    query = select(Notification).where(Notification.user_id == user_id)
+    if read is not None:
+        query = query.where(Notification.read.is_(read))
+    return await paginate(session, query, paging, {"createdAt": Notification.created_at}, Notification.id)
+
+
+async def unread(session: AsyncSession, user_id: str) -> int:
+    query = select(func.count()).where(Notification.user_id == user_id, Notification.read.is_(False))
+    return await session.scalar(query) or 0
+
+
+async def mark_read(session: AsyncSession, user_id: str, notification_id: str) -> Notification:
+    found = await session.scalar(
+        select(Notification).where(Notification.id == notification_id, Notification.user_id == user_id)
+    )
+    if found is None:
+        raise NotFound("Notification not found")
+    found.read = True
+    await session.flush()
+    return found
+
+
+async def mark_all_read(session: AsyncSession, user_id: str) -> int:
+    """How many were unread."""
+    result = await session.execute(
+        update(Notification).where(Notification.user_id == user_id, Notification.read.is_(False)).values(read=True)
+    )
+    return int(result.rowcount)  # type: ignore[attr-defined]
