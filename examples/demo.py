@@ -219,8 +219,8 @@ def check_mlflow(url: str, run_id: str, steps: int) -> dict[str, Any]:
     """The run must be FINISHED, with a loss per step, checkpoints and the adapter; returns where it is."""
     with httpx.Client(base_url=f"{url}/api/2.0/mlflow", timeout=30, trust_env=False) as http:
 
-        def get(path: str, **params: Any) -> Any:
-            return http.get(path, params={"run_id": run_id, **params}).raise_for_status().json()
+        def get(endpoint: str, **params: Any) -> Any:
+            return http.get(endpoint, params={"run_id": run_id, **params}).raise_for_status().json()
 
         info = wait_finished(lambda: get("/runs/get")["run"]["info"])
         points = get("/metrics/get-history", metric_key="training_loss", max_results=10_000)["metrics"]
