@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from control_plane.services.money import charge
 from sqlalchemy import case, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from control_plane.money import charge
 from control_plane.services import budget
 from control_plane.states import Outcome, StopReason
 from control_plane.tables import Attempt, AttemptUsage, BudgetHold, Checkpoint, CostRecord, PriceVersion, Team, now

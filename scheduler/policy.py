@@ -52,8 +52,8 @@ class Snapshot:
     waiting: tuple[Waiting, ...]
     held: tuple[Held, ...]
     look: Look
-    tracking_down: bool = False
-    """MLflow did not answer when it was last asked for a new run."""
+    tracking_problem: str | None = None
+    """Why MLflow gave no new run when it was last asked."""
     asked: frozenset[tuple[str, StopReason]] = frozenset()
     """Stops that have been passed on: (attempt name, reason)."""
 
@@ -75,15 +75,18 @@ class SetQueueReason:
 class Start:
     """The attempt is committed, but the cluster does not know it: ask (again)."""
 
+    work_id: str
     attempt_id: str
 
 
 @dataclass(frozen=True)
 class Follow:
-    """Collect its events; adopt it, if nobody noted that it was started."""
+    """Collect its events."""
 
     attempt_id: str
     name: str
+    adopt: bool
+    """Nobody noted that it was started."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class DeclareFault:
     """Its supervisor is confirmed dead."""
 
     attempt_id: str
+    name: str
     code: str
     message: str
 
@@ -137,14 +141,19 @@ def _tended(held: Held, snapshot: Snapshot) -> list[Action]:
     if not look.reachable or liveness is Liveness.UNKNOWN:
         return _reconnecting(held, held.cluster_id is not None)
     if liveness is Liveness.DEAD:
-        return [DeclareFault(held.attempt_id, "SUPERVISOR_DIED", "The attempt's supervisor died")]
+        return [DeclareFault(held.attempt_id, held.name, "SUPERVISOR_DIED", "The attempt's supervisor died")]
     if liveness is None and held.cluster_id is None:
-        return [Start(held.attempt_id)]
+        return [Start(held.work_id, held.attempt_id)]
     if liveness is None and held.cluster_id == look.cluster_id:
-        return [DeclareFault(held.attempt_id, "SUPERVISOR_LOST", "The cluster no longer knows the attempt")]
+        return [DeclareFault(held.attempt_id, held.name, "SUPERVISOR_LOST", "The cluster no longer knows the attempt")]
     if liveness is None:
-        return [DeclareFault(held.attempt_id, "CLUSTER_LOST", "The cluster in which the attempt ran is gone")]
-    actions: list[Action] = [Follow(held.attempt_id, held.name), *_reconnecting(held, False)]
+        return [
+            DeclareFault(held.attempt_id, held.name, "CLUSTER_LOST", "The cluster in which the attempt ran is gone")
+        ]
+    actions: list[Action] = [
+        Follow(held.attempt_id, held.name, adopt=held.cluster_id is None),
+        *_reconnecting(held, False),
+    ]
     if held.stop_requested and (held.name, held.stop_requested) not in snapshot.asked:
         actions.append(AskStop(held.name, held.stop_requested))
     return actions
@@ -185,8 +194,8 @@ def _obstacle(work: Waiting, snapshot: Snapshot, now: datetime) -> str | None:
         return f"Tries again at {work.not_before:%H:%M:%S} UTC after a fault of the platform"
     if not snapshot.look.reachable:
         return "The cluster cannot be reached"
-    if work.needs_tracking and snapshot.tracking_down:
-        return "The MLflow server does not answer"
+    if work.needs_tracking and snapshot.tracking_problem:
+        return snapshot.tracking_problem
     return None
 
 

@@ -1,0 +1,184 @@
+"""Hears running attempts: one task each, so that one that does not answer delays no other.
+
+Each batch of events is one transaction that moves the attempt's cursor by compare-and-set: the same batch twice, or a
+commit whose success its caller never saw, changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from control_plane.db import Database
+from control_plane.tables import Attempt, TrainingJob
+from scheduler import ledger, retention
+from scheduler.executor import AttemptGone, Batch, Ending, Executor, RankTimes, StaleEpoch, Unreachable
+from scheduler.finish import Claimed, claim, finish, tell_cost
+from scheduler.heard import Heard, Stored, parse
+from scheduler.lease import Lease, LeaseLost
+from scheduler.project import JobProjection, VerdictProjection
+from scheduler.work import get_work
+
+log = logging.getLogger(__name__)
+POLL_S = 1.0
+ANSWER_S = 15.0
+"""A supervisor that takes longer to answer is asked again."""
+FULL_BATCH = 500
+LONGEST_PAUSE_S = 15.0
+ENDS_KNOWN_S = 5.0
+"""How long to wait for Ray to record the ends of ranks that are gone."""
+
+
+class _Place(NamedTuple):
+    """How far an attempt has been heard."""
+
+    cursor: int
+    allowance_ms: int | None
+    usage: ledger.Usage
+    ended: bool = False
+
+
+class Collector:
+    """``ended`` is called when an attempt's end has been committed."""
+
+    def __init__(
+        self,
+        database: Database,
+        lease: Lease,
+        executor: Executor,
+        storage: retention.ObjectStore,
+        *,
+        allowance_s: int,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._database = database
+        self._lease = lease
+        self._executor = executor
+        self._storage = storage
+        self._ahead_ms = allowance_s * 1000
+        self._ended = ended
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def follow(self, attempt_id: str, name: str, group: asyncio.TaskGroup) -> None:
+        """Collect from an attempt until it has ended, in a task of ``group``; harmless when that is going on."""
+        if attempt_id not in self._tasks:
+            task = group.create_task(self._follow(attempt_id, name), name=f"follow {name}")
+            self._tasks[attempt_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(attempt_id, None))
+
+    async def declare_fault(self, attempt_id: str, name: str, code: str, message: str) -> None:
+        """End an attempt whose supervisor is confirmed dead. Raises LeaseLost, Unreachable."""
+        following = self._tasks.get(attempt_id)
+        if following is not None:
+            following.cancel()
+        times = await self._times(name, [])
+        ending = Ending("FAULT", code, message, times=times)
+        async with self._lease.write() as session:
+            claimed = await claim(session, attempt_id)
+            if claimed is not None:
+                await finish(session, claimed, ending)
+        log.warning("attempt %s is lost: %s", name, message)
+        self._ended()
+
+    async def _follow(self, attempt_id: str, name: str) -> None:
+        place: _Place | None = None
+        failures = 0
+        while True:
+            try:
+                place = place or await self._begin(attempt_id)
+                if place.ended:
+                    return
+                batch = await asyncio.wait_for(self._poll(name, place), ANSWER_S)
+                place = await self.apply(attempt_id, name, place, batch)
+                failures = 0
+                await asyncio.sleep(0 if place is None or len(batch.events) >= FULL_BATCH else POLL_S)
+            except (StaleEpoch, LeaseLost) as error:
+                raise LeaseLost from error
+            except (AttemptGone, Unreachable, TimeoutError):
+                await asyncio.sleep(POLL_S)  # whether it is dead is for the look to tell
+            except Exception:
+                log.exception("events of %s could not be stored", name)
+                place = None
+                failures += 1
+                await asyncio.sleep(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
+
+    async def _poll(self, name: str, place: _Place) -> Batch:
+        return await self._executor.poll(name, place.cursor, epoch=self._lease.epoch, allowance_ms=place.allowance_ms)
+
+    async def _begin(self, attempt_id: str) -> _Place:
+        async with self._database.read() as session:
+            attempt = await session.get_one(Attempt, attempt_id)
+            work = await get_work(session, attempt.work_kind, attempt.work_id)
+            allowance_ms = None
+            if isinstance(work, TrainingJob):
+                allowance_ms = await ledger.allowance_ms(session, work, attempt, self._ahead_ms * work.gpu_count)
+        return _Place(attempt.event_cursor, allowance_ms, {}, attempt.outcome is not None)
+
+    async def apply(self, attempt_id: str, name: str, place: _Place, batch: Batch) -> _Place | None:
+        """Store a batch that was polled at ``place``; the next place. None: read it from the database again."""
+        batch = _held_back(batch)
+        if not batch.events and not batch.ending and batch.usage == place.usage:
+            return place
+        ending = batch.ending
+        if ending is not None:
+            ending.times = await self._times(name, ending.times)
+        cursor = batch.events[-1].number if batch.events else place.cursor
+        heard = parse(batch.events)
+        async with self._lease.write() as session:
+            claimed = await claim(session, attempt_id, cursor=place.cursor, to=cursor)
+            if claimed is None:
+                return None
+            obsolete = await _store(session, claimed, heard, batch.usage)
+            allowance_ms = await self._allowance_ms(session, claimed)
+            if ending is not None:
+                await finish(session, claimed, ending)
+        if ending is not None:
+            log.info("attempt %s ended: %s %s", name, ending.outcome, ending.code)
+            self._ended()
+        await retention.delete(self._storage, obsolete)
+        return _Place(cursor, allowance_ms, batch.usage, ending is not None)
+
+    async def _allowance_ms(self, session: AsyncSession, claimed: Claimed) -> int | None:
+        attempt, work = claimed
+        if not isinstance(work, TrainingJob):
+            return None
+        return await ledger.allowance_ms(session, work, attempt, self._ahead_ms * work.gpu_count)
+
+    async def _times(self, name: str, known: list[RankTimes]) -> list[RankTimes]:
+        """The ranks' times once Ray has recorded their ends; what is known after a while if it does not."""
+        deadline = asyncio.get_running_loop().time() + ENDS_KNOWN_S
+        times = known
+        while not times or any(rank.end_ms == 0 for rank in times):
+            times = await self._executor.times(name) or times
+            if all(rank.end_ms for rank in times) or asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.1)
+        return times
+
+
+def _held_back(batch: Batch) -> Batch:
+    """A verdict's report counts only together with its ending: until then the batch ends before it."""
+    reports = (place for place, up in enumerate(batch.events) if up.event.get("type") == "verdict")
+    first = next(reports, None)
+    if first is None or batch.ending is not None:
+        return batch
+    return Batch(batch.events[:first], batch.usage, None, batch.state)
+
+
+async def _store(session: AsyncSession, claimed: Claimed, heard: list[Heard], usage: ledger.Usage) -> list[str]:
+    """Events and usage of a claimed attempt; the storage prefixes of checkpoints that may go."""
+    attempt, work = claimed
+    if not isinstance(work, TrainingJob):
+        await VerdictProjection(session, work, attempt).apply(heard)
+        return []
+    await JobProjection(session, work, attempt).apply(heard)
+    await ledger.record(session, attempt, usage)
+    if await ledger.post(session, work, attempt):
+        await tell_cost(session, work)
+    if any(isinstance(item.event, Stored) for item in heard):
+        return await retention.mark_obsolete(session, work.id)
+    return []

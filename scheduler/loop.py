@@ -1,0 +1,279 @@
+"""The scheduler: observe (database, then one look at the cluster), decide (pure), act. Its memory is only a cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from control_plane.db import Database
+from control_plane.services import prices
+from control_plane.services.catalog import Catalog
+from control_plane.services.lifecycle import append_event, stage_payload
+from control_plane.services.sql import insert_or_nothing
+from control_plane.settings import Settings
+from control_plane.states import Status, StopReason
+from control_plane.tables import Attempt, ClusterState, TrainingJob, now
+from scheduler import retention
+from scheduler.collect import Collector
+from scheduler.dispatch import Dispatcher
+from scheduler.executor import Executor, Look, StaleEpoch, Unreachable
+from scheduler.lease import Lease, LeaseLost
+from scheduler.mirror import Mirror
+from scheduler.observe import held_attempts, waiting_work
+from scheduler.policy import (
+    Action,
+    AskStop,
+    DeclareFault,
+    Dispatch,
+    Follow,
+    Release,
+    SetQueueReason,
+    SetReconnecting,
+    Snapshot,
+    Start,
+    decide,
+)
+from scheduler.tracking import Tracking, TrackingDown, TrackingRefused
+from scheduler.work import get_work
+
+log = logging.getLogger(__name__)
+LOOK_S = 15.0
+CLUSTER_PATIENCE_S = 20.0
+"""A driver whose cluster is away for longer is of no use any more, even when the cluster comes back."""
+TRACKING_PAUSE_S = 5.0
+PUBLISH_S = 5.0
+
+
+class ClusterLost(Exception):
+    """The cluster that this process was connected to is gone; a fresh process may reach it."""
+
+
+class _Asked(Exception):
+    """An orderly end was asked for."""
+
+
+class Scheduler:
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        database: Database,
+        executor: Executor,
+        tracking: Tracking,
+        storage: retention.ObjectStore,
+        *,
+        lease: Lease | None = None,
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._database = database
+        self._executor = executor
+        self._storage = storage
+        self.lease = lease or Lease(database, settings.lease_timeout_s)
+        self._wake = asyncio.Event()
+        self._mirror = Mirror(database, self.lease, tracking)
+        self._dispatcher = Dispatcher(settings, catalog, database, self.lease, executor, tracking)
+        self._collector = Collector(
+            database, self.lease, executor, storage, allowance_s=settings.allowance_s, ended=self._wake.set
+        )
+        self._group: asyncio.TaskGroup
+        self._busy: set[str] = set()
+        self._asked: set[tuple[str, StopReason]] = set()
+        self._tracking_problem: tuple[str, float] | None = None
+        self._reached_at: float | None = None
+        self._published: tuple[Look, float] | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Wait for the lease, then work until ``stop``. Running attempts go on. Raises LeaseLost, ClusterLost."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                group.create_task(self._until(stop))
+                group.create_task(self._work())
+        except ExceptionGroup as ends:
+            _, unexpected = ends.split((_Asked, LeaseLost, ClusterLost))
+            if unexpected:
+                raise unexpected from None
+            for lost in (LeaseLost, ClusterLost):
+                if ends.subgroup(lost):
+                    raise lost from None
+        finally:
+            if self.lease.epoch:
+                with suppress(Exception):
+                    await self.lease.release()
+
+    async def _until(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        raise _Asked
+
+    async def _work(self) -> None:
+        await self.lease.acquire()
+        async with self.lease.write() as session:
+            await prices.ensure_first(session, self._catalog)
+        self._group.create_task(self.lease.keep_beating())
+        self._group.create_task(self._mirror.run())
+        self._spawn("sweep", retention.sweep(self._database, self._storage))
+        while True:
+            try:
+                await self.tick()
+            except (LeaseLost, ClusterLost):
+                raise
+            except Exception:
+                log.exception("the tick failed")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._settings.tick_s)
+            self._wake.clear()
+
+    async def tick(self) -> None:
+        """Once around. The database is read before the look, so that whatever it says was started can be seen."""
+        async with self._database.read() as session:
+            waiting = await waiting_work(session, self._catalog)
+            held = await held_attempts(session, self._catalog)
+        look = await self._look()
+        self._asked &= {(attempt.name, reason) for attempt in held for reason in StopReason}
+        snapshot = Snapshot(waiting, held, look, self._tracking_trouble(), frozenset(self._asked))
+        actions = decide(snapshot, now())
+        await self._write_down(actions, look)
+        for action in actions:
+            self._act(action, look)
+
+    async def _look(self) -> Look:
+        try:
+            look = await asyncio.wait_for(self._executor.look(), LOOK_S)
+        except (TimeoutError, Unreachable):
+            look = Look(reachable=False)
+        if look.reachable:
+            self._reached_at = time.monotonic()
+        elif self._reached_at is not None and time.monotonic() - self._reached_at > CLUSTER_PATIENCE_S:
+            await self._write_down([], look)
+            raise ClusterLost
+        return look
+
+    def _tracking_trouble(self) -> str | None:
+        if self._tracking_problem is None or time.monotonic() > self._tracking_problem[1]:
+            return None
+        return self._tracking_problem[0]
+
+    async def _write_down(self, actions: list[Action], look: Look) -> None:
+        """What only the database needs to know, in one transaction; none when nothing is new."""
+        told = [action for action in actions if isinstance(action, SetQueueReason | SetReconnecting)]
+        publish = self._publishable(look)
+        if not told and not publish:
+            return
+        async with self.lease.write() as session:
+            for action in told:
+                await _tell(session, action)
+            if publish:
+                await _publish(session, look)
+        if publish:
+            self._published = (look, time.monotonic())
+
+    def _publishable(self, look: Look) -> bool:
+        if self._published is None:
+            return True
+        last, at = self._published
+        changed = (last.reachable, last.cluster_id, last.free, last.total) != (
+            look.reachable, look.cluster_id, look.free, look.total,
+        )  # fmt: skip
+        return changed or time.monotonic() - at > PUBLISH_S
+
+    def _act(self, action: Action, look: Look) -> None:
+        match action:
+            case Dispatch(kind, work_id):
+                self._spawn(work_id, self._dispatcher.dispatch(kind, work_id, look.cluster_id))
+            case Start(work_id, attempt_id):
+                self._spawn(work_id, self._start(attempt_id, look.cluster_id))
+            case Follow(attempt_id, name, adopt):
+                if adopt:
+                    self._spawn(f"adopt {name}", self._dispatcher.note_started(attempt_id, look.cluster_id))
+                self._collector.follow(attempt_id, name, self._group)
+            case AskStop(name, reason):
+                self._spawn(f"stop {name}", self._ask_stop(name, reason))
+            case DeclareFault(attempt_id, name, code, message):
+                self._spawn(f"end {name}", self._collector.declare_fault(attempt_id, name, code, message))
+            case Release(name, attempt_id):
+                self._spawn(f"release {name}", self._release(name, attempt_id))
+
+    async def _start(self, attempt_id: str, cluster_id: str) -> None:
+        async with self._database.read() as session:
+            attempt = await session.get_one(Attempt, attempt_id)
+        if attempt.outcome is None and attempt.cluster_id is None:
+            await self._dispatcher.start(attempt_id, cluster_id)
+
+    async def _ask_stop(self, name: str, reason: StopReason) -> None:
+        await self._executor.stop(name, reason, epoch=self.lease.epoch)
+        self._asked.add((name, reason))
+
+    async def _release(self, name: str, attempt_id: str | None) -> None:
+        if attempt_id is None and await self._is_under_way(name):
+            return
+        await self._executor.release(name)
+        async with self.lease.write() as session:
+            await session.execute(
+                update(Attempt).where(Attempt.actor_name == name, Attempt.outcome.is_not(None)).values(released=True)
+            )
+        self._wake.set()
+
+    async def _is_under_way(self, name: str) -> bool:
+        """Whether the database knows the name after all: it may have been committed after this tick had looked."""
+        async with self._database.read() as session:
+            known = select(Attempt.id).where(Attempt.actor_name == name, Attempt.outcome.is_(None))
+            return await session.scalar(known) is not None
+
+    def _spawn(self, key: str, action: Coroutine[Any, Any, None]) -> None:
+        """Do it beside the ticks, unless the same is still under way."""
+        if key in self._busy:
+            action.close()
+            return
+        self._busy.add(key)
+        self._group.create_task(self._guarded(key, action), name=key)
+
+    async def _guarded(self, key: str, action: Coroutine[Any, Any, None]) -> None:
+        try:
+            await action
+        except (LeaseLost, StaleEpoch) as error:
+            raise LeaseLost from error
+        except (TrackingDown, TrackingRefused) as error:
+            told = "does not answer" if isinstance(error, TrackingDown) else "refuses a new run"
+            self._tracking_problem = (f"The MLflow server {told}", time.monotonic() + TRACKING_PAUSE_S)
+            log.warning("no MLflow run for %s: %s", key, error)
+        except Unreachable as error:
+            log.warning("%s: %s", key, error)
+        except Exception:
+            log.exception("%s failed", key)
+        finally:
+            self._busy.discard(key)
+
+
+async def _tell(session: AsyncSession, action: SetQueueReason | SetReconnecting) -> None:
+    work = await get_work(session, action.kind, action.work_id, lock=True)
+    if isinstance(action, SetReconnecting):
+        work.reconnecting = action.value
+        return
+    if work.status is not Status.QUEUED:
+        return
+    work.queue_reason = action.reason[:300]
+    if isinstance(work, TrainingJob):
+        await append_event(session, work.id, "stage", stage_payload(work))
+
+
+async def _publish(session: AsyncSession, look: Look) -> None:
+    await insert_or_nothing(session, ClusterState, id=1)
+    await session.execute(
+        update(ClusterState)
+        .where(ClusterState.id == 1)
+        .values(
+            reachable=look.reachable,
+            cluster_id=look.cluster_id,
+            free=look.free,
+            total=look.total,
+            updated_at=now(),
+        )
+    )

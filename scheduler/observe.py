@@ -1,0 +1,55 @@
+"""What the database knows, as the policy sees it."""
+
+from __future__ import annotations
+
+from sqlalchemy import or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from control_plane.services.catalog import Catalog
+from control_plane.states import WorkKind
+from control_plane.tables import Attempt, TrainingJob
+from scheduler.dispatch import demand_of, missing
+from scheduler.policy import Held, Waiting
+from scheduler.work import AnyWork, get_work, queued
+
+
+async def waiting_work(session: AsyncSession, catalog: Catalog) -> tuple[Waiting, ...]:
+    return tuple(_waiting(kind, work, catalog) for kind in WorkKind for work in await queued(session, kind))
+
+
+def _waiting(kind: WorkKind, work: AnyWork, catalog: Catalog) -> Waiting:
+    return Waiting(
+        kind=kind,
+        work_id=work.id,
+        demand=demand_of(work, catalog),
+        priority=work.priority,
+        queued_at=work.queued_at,
+        not_before=work.not_before,
+        needs_tracking=isinstance(work, TrainingJob) and work.mlflow_run_id is None,
+        reason=work.queue_reason,
+        blocked=missing(work, catalog),
+    )
+
+
+async def held_attempts(session: AsyncSession, catalog: Catalog) -> tuple[Held, ...]:
+    """Attempts that have not ended, or whose actors are not known to be gone."""
+    attempts = await session.scalars(
+        select(Attempt).where(or_(Attempt.outcome.is_(None), Attempt.released.is_(False))).order_by(Attempt.id)
+    )
+    return tuple(
+        [_held(attempt, await get_work(session, attempt.work_kind, attempt.work_id), catalog) for attempt in attempts]
+    )
+
+
+def _held(attempt: Attempt, work: AnyWork, catalog: Catalog) -> Held:
+    return Held(
+        kind=attempt.work_kind,
+        work_id=work.id,
+        attempt_id=attempt.id,
+        name=attempt.actor_name,
+        demand=demand_of(work, catalog),
+        cluster_id=attempt.cluster_id,
+        ended=attempt.outcome is not None,
+        stop_requested=work.stop_requested,
+        reconnecting=work.reconnecting,
+    )
