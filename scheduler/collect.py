@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
+from control_plane.states import Outcome
 from control_plane.tables import Attempt, TrainingJob
 from scheduler import ledger, retention
 from scheduler.executor import AttemptGone, Batch, Ending, Executor, RankTimes, StaleEpoch, Unreachable
@@ -161,12 +162,12 @@ class Collector:
 
 
 def _held_back(batch: Batch) -> Batch:
-    """A verdict's report counts only together with its ending: until then the batch ends before it."""
+    """A verdict's report counts only together with its good end: until then the batch ends before it."""
     reports = (place for place, up in enumerate(batch.events) if up.event.get("type") == "verdict")
     first = next(reports, None)
-    if first is None or batch.ending is not None:
+    if first is None or (batch.ending is not None and batch.ending.outcome == Outcome.COMPLETED):
         return batch
-    return Batch(batch.events[:first], batch.usage, None, batch.state)
+    return Batch(batch.events[:first], batch.usage, batch.ending, batch.state)
 
 
 async def _store(session: AsyncSession, claimed: Claimed, heard: list[Heard], usage: ledger.Usage) -> list[str]:

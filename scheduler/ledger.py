@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import case, func, select
+from sqlalchemy import BigInteger, ColumnElement, case, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.money import charge
@@ -103,11 +103,16 @@ async def posted_for(session: AsyncSession, job_id: str) -> Posted:
         await session.execute(
             select(
                 func.coalesce(func.sum(CostRecord.amount_microusd), 0),
-                func.coalesce(func.sum(case((billed, CostRecord.details["gpuMs"].as_integer()), else_=0)), 0),
+                func.coalesce(func.sum(case((billed, recorded_ms()), else_=0)), 0),
             ).where(CostRecord.job_id == job_id, CostRecord.cost_type == CostType.COMPUTE)
         )
     ).one()
     return Posted(int(row[0]), int(row[1]))
+
+
+def recorded_ms() -> ColumnElement[int]:
+    """``details.gpuMs`` of a cost record."""
+    return cast(CostRecord.details["gpuMs"].as_string(), BigInteger)
 
 
 async def cost_so_far(session: AsyncSession, job: Job) -> int:

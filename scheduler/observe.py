@@ -10,11 +10,11 @@ from control_plane.states import WorkKind
 from control_plane.tables import Attempt, TrainingJob
 from scheduler.dispatch import demand_of, missing
 from scheduler.policy import Held, Waiting
-from scheduler.work import AnyWork, get_work, queued
+from scheduler.work import AnyWork, get_many, queued
 
 
 async def waiting_work(session: AsyncSession, catalog: Catalog) -> tuple[Waiting, ...]:
-    return tuple(_waiting(kind, work, catalog) for kind in WorkKind for work in await queued(session, kind))
+    return tuple([_waiting(kind, work, catalog) for kind in WorkKind for work in await queued(session, kind)])
 
 
 def _waiting(kind: WorkKind, work: AnyWork, catalog: Catalog) -> Waiting:
@@ -33,12 +33,15 @@ def _waiting(kind: WorkKind, work: AnyWork, catalog: Catalog) -> Waiting:
 
 async def held_attempts(session: AsyncSession, catalog: Catalog) -> tuple[Held, ...]:
     """Attempts that have not ended, or whose actors are not known to be gone."""
-    attempts = await session.scalars(
-        select(Attempt).where(or_(Attempt.outcome.is_(None), Attempt.released.is_(False))).order_by(Attempt.id)
+    attempts = list(
+        await session.scalars(
+            select(Attempt).where(or_(Attempt.outcome.is_(None), Attempt.released.is_(False))).order_by(Attempt.id)
+        )
     )
-    return tuple(
-        [_held(attempt, await get_work(session, attempt.work_kind, attempt.work_id), catalog) for attempt in attempts]
-    )
+    works: dict[str, AnyWork] = {}
+    for kind in WorkKind:
+        works |= await get_many(session, kind, [a.work_id for a in attempts if a.work_kind is kind])
+    return tuple(_held(attempt, works[attempt.work_id], catalog) for attempt in attempts)
 
 
 def _held(attempt: Attempt, work: AnyWork, catalog: Catalog) -> Held:

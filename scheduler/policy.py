@@ -144,12 +144,10 @@ def _tended(held: Held, snapshot: Snapshot) -> list[Action]:
         return [DeclareFault(held.attempt_id, held.name, "SUPERVISOR_DIED", "The attempt's supervisor died")]
     if liveness is None and held.cluster_id is None:
         return [Start(held.work_id, held.attempt_id)]
-    if liveness is None and held.cluster_id == look.cluster_id:
-        return [DeclareFault(held.attempt_id, held.name, "SUPERVISOR_LOST", "The cluster no longer knows the attempt")]
     if liveness is None:
-        return [
-            DeclareFault(held.attempt_id, held.name, "CLUSTER_LOST", "The cluster in which the attempt ran is gone")
-        ]
+        same = held.cluster_id == look.cluster_id
+        code, which = ("SUPERVISOR_LOST", "The cluster") if same else ("CLUSTER_LOST", "A new cluster")
+        return [DeclareFault(held.attempt_id, held.name, code, f"{which} does not know the attempt")]
     actions: list[Action] = [
         Follow(held.attempt_id, held.name, adopt=held.cluster_id is None),
         *_reconnecting(held, False),

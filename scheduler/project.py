@@ -124,21 +124,19 @@ class JobProjection:
             await self._session.execute(
                 update(Checkpoint).where(Checkpoint.job_id == self._job.id, Checkpoint.best).values(best=False)
             )
-        self._session.add(
-            Checkpoint(
-                job_id=self._job.id,
-                attempt_id=self._attempt.id,
-                step=event.step,
-                epoch=event.epoch,
-                loss=event.loss or 0.0,
-                storage_key=event.key,
-                file_size=event.size,
-                sha256=event.sha256,
-                best=event.best,
-                usage=event.usage,
-                created_at=heard.at,
-            )
-        )
+        same = select(Checkpoint).where(Checkpoint.attempt_id == self._attempt.id, Checkpoint.step == event.step)
+        checkpoint = await self._session.scalar(same)
+        if checkpoint is None:
+            checkpoint = Checkpoint(job_id=self._job.id, attempt_id=self._attempt.id, step=event.step)
+        checkpoint.epoch = event.epoch
+        checkpoint.loss = event.loss or 0.0
+        checkpoint.storage_key = event.key
+        checkpoint.file_size = event.size
+        checkpoint.sha256 = event.sha256
+        checkpoint.best = event.best
+        checkpoint.usage = event.usage
+        checkpoint.deleted_at = None
+        self._session.add(checkpoint)
         self._log(heard, "INFO", f"Checkpoint at step {event.step} stored ({event.size / MIB:.1f} MiB)")
 
     async def _on_started(self, heard: Heard, event: Started) -> None:

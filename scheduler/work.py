@@ -20,6 +20,13 @@ async def get_work(session: AsyncSession, kind: WorkKind, work_id: str, *, lock:
     return cast(AnyWork, row)
 
 
+async def get_many(session: AsyncSession, kind: WorkKind, ids: list[str]) -> dict[str, AnyWork]:
+    """Rows by id."""
+    table = TABLES[kind]
+    found = await session.scalars(select(table).where(table.id.in_(ids))) if ids else []
+    return {work.id: work for work in cast("list[AnyWork]", list(found))}
+
+
 async def queued(session: AsyncSession, kind: WorkKind) -> list[AnyWork]:
     table = TABLES[kind]
     return cast("list[AnyWork]", list(await session.scalars(select(table).where(table.status == Status.QUEUED))))
