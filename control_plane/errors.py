@@ -46,6 +46,10 @@ class NotFound(BrightRunError):
     code, status = "NOT_FOUND", 404
 
 
+class MethodNotAllowed(BrightRunError):
+    code, status = "METHOD_NOT_ALLOWED", 405
+
+
 class Conflict(BrightRunError):
     code, status = "CONFLICT", 409
 

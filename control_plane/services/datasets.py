@@ -163,12 +163,14 @@ async def _queue_verdict(session: AsyncSession, dataset: Dataset, model: BaseMod
     return verdict
 
 
-async def findings(session: AsyncSession, team_id: str, dataset_id: str, base_model: str | None) -> dict[str, Any]:
-    """``counts`` by code and the listed ``errors`` of the verdict under a base model (default: the dataset's first)."""
+async def findings(
+    session: AsyncSession, team_id: str, dataset_id: str, base_model: str | None
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Counts by code, and the listed findings, of the verdict under a base model (default: the dataset's own)."""
     dataset = await get_owned(session, Dataset, team_id, dataset_id)
     verdicts = [v for v in await verdicts_of(session, dataset_id) if v.base_model == (base_model or dataset.base_model)]
     newest = verdicts[-1] if verdicts else None
-    return {"counts": (newest and newest.counts) or {}, "errors": (newest and newest.findings) or []}
+    return (newest and newest.counts) or {}, (newest and newest.findings) or []
 
 
 async def apply_verdict(session: AsyncSession, verdict: Verdict, report: dict[str, Any] | None) -> None:
@@ -179,7 +181,7 @@ async def apply_verdict(session: AsyncSession, verdict: Verdict, report: dict[st
     """
     dataset = await session.get_one(Dataset, verdict.dataset_id, with_for_update=True)
     if report is not None:
-        verdict.passed = not any(f["severity"] == "error" for f in report["findings"])
+        verdict.passed = report["passed"]
         verdict.counts = report["counts"]
         verdict.findings = report["findings"]
         verdict.statistics = report["statistics"]
@@ -198,14 +200,13 @@ def _judge(dataset: Dataset, verdict: Verdict, report: dict[str, Any] | None) ->
         dataset.error_message = verdict.error_message or "The examination could not be made"
         return
     statistics = report["statistics"]
-    dataset.format = DatasetFormat(report["format"]) if report.get("format") else None
-    dataset.total_training_pairs = statistics.get("trainConversations")
-    dataset.total_validation_pairs = statistics.get("validationConversations")
-    dataset.total_tokens = statistics.get("tokens")
-    conversations, turns = statistics.get("conversations") or 0, statistics.get("turns") or 0
-    dataset.avg_turns_per_conversation = turns / conversations if conversations else None
-    dataset.avg_tokens_per_turn = (statistics.get("tokens") or 0) / turns if turns else None
-    dataset.sample_data = report.get("sample")
+    dataset.format = DatasetFormat(report["format"]) if report["format"] else None
+    dataset.total_training_pairs = statistics["trainingConversations"]
+    dataset.total_validation_pairs = statistics["validationConversations"]
+    dataset.total_tokens = statistics["tokens"]
+    dataset.avg_turns_per_conversation = statistics["avgTurnsPerConversation"]
+    dataset.avg_tokens_per_turn = statistics["avgTokensPerTurn"]
+    dataset.sample_data = report["sample"]
     dataset.validation_errors = [f for f in report["findings"] if f["severity"] == "error"][:100]
     errors = {f["code"] for f in dataset.validation_errors}
     wrong = sum(count for code, count in report["counts"].items() if code in errors)

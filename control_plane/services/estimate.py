@@ -19,6 +19,8 @@ from control_plane.states import Status
 from control_plane.tables import TrainingJob
 from trainer.config import Hyperparameters
 
+VERDICT_FRACTION = 0.1
+"""The validation fraction with which the verdict counts; with another one the count here is an expectation."""
 LIKE_JOBS = 3
 """From so many completed jobs on, their measured speed replaces the catalog's."""
 UNMEASURED = (0.6, 1.0, 1.4)
@@ -37,9 +39,8 @@ class Figures(msgspec.Struct, frozen=True, rename="camel"):
     conversations: int
     tokens: int
     learned_tokens: int
-    train_conversations: int
     validation_conversations: int
-    """Of a split that the file itself states; 0 if it states none."""
+    """Held out when a job takes ``VERDICT_FRACTION``: by the file's own split, the rest by content."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -67,8 +68,8 @@ class Shape(msgspec.Struct, frozen=True):
 def plan(figures: Figures, h: Hyperparameters) -> Plan:
     """Steps are exact: min(maxSteps, numEpochs × ⌈training conversations / batchSize⌉)."""
     validation = figures.validation_conversations
-    if not validation and h.validation_fraction:
-        validation = min(max(1, round(figures.conversations * h.validation_fraction)), figures.conversations - 1)
+    if h.validation_fraction != VERDICT_FRACTION:
+        validation = min(round(figures.conversations * h.validation_fraction), figures.conversations - 1)
     training = max(1, figures.conversations - validation)
     an_epoch = math.ceil(training / h.batch_size)
     steps = h.num_epochs * an_epoch

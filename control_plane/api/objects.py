@@ -1,0 +1,83 @@
+"""/api/objects: signed URLs of an object store that is a folder. The signature is the only permission."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from email.message import Message
+from typing import Any
+
+from litestar import Controller, Response, get, put
+from litestar.response import Stream
+from sqlalchemy import select
+
+from control_plane.api.context import AnyRequest, Installation
+from control_plane.auth import SIGNED_URL
+from control_plane.errors import Conflict, Forbidden, NotFound, PayloadTooLarge
+from control_plane.schemas.base import Ok, ok
+from control_plane.storage import UrlSigner
+from control_plane.tables import Dataset
+from control_plane.tables.work import DatasetStatus
+
+
+class ObjectController(Controller):
+    path = "/api/objects"
+    tags = ("objects",)
+    include_in_schema = False
+
+    @put("/{key:path}", guards=[SIGNED_URL], status_code=200, request_max_body_size=None)
+    async def upload(self, key: str, request: AnyRequest, installation: Installation) -> Ok[None]:
+        """Streamed in bounded memory; beyond the declared size, or once confirmed, nothing is stored."""
+        key, claims = _verified(request, key, installation)
+        limit, dataset_id = int(claims["limit"]), claims["dataset"]
+        if (request.content_length or 0) > limit:
+            raise _too_large(limit)
+        await _require_uploading(installation, dataset_id)
+        await installation.storage.put(key, _bounded(request, limit, installation, dataset_id))
+        return ok(None)
+
+    @get("/{key:path}", guards=[SIGNED_URL])
+    async def download(self, key: str, request: AnyRequest, installation: Installation) -> Response[Any]:
+        key, claims = _verified(request, key, installation)
+        size = await installation.storage.size(key)
+        if size is None:
+            raise NotFound("The file is not there any more")
+        disposition = Message()
+        disposition.add_header("Content-Disposition", "attachment", filename=claims.get("name", key.rsplit("/")[-1]))
+        headers = {"Content-Length": str(size), "Content-Disposition": disposition["Content-Disposition"]}
+        return Stream(installation.storage.stream(key), media_type="application/octet-stream", headers=headers)
+
+
+def _verified(request: AnyRequest, key: str, installation: Installation) -> tuple[str, dict[str, str]]:
+    key = key.lstrip("/")
+    claims = {name: str(values[0]) for name, values in request.query_params.dict().items() if len(values) == 1}
+    signer = UrlSigner(installation.secret, installation.settings.public_url)
+    if not signer.verify(request.method, key, claims):
+        raise Forbidden("This signed URL is not valid, or has expired: ask for a new one")
+    return key, claims
+
+
+async def _bounded(
+    request: AnyRequest, limit: int, installation: Installation, dataset_id: str
+) -> AsyncIterator[bytes]:
+    """The body's chunks. What it raises undoes the upload, up to the last moment."""
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > limit:
+            raise _too_large(limit)
+        if chunk:
+            yield chunk
+    await _require_uploading(installation, dataset_id)
+
+
+async def _require_uploading(installation: Installation, dataset_id: str) -> None:
+    async with installation.database.read() as session:
+        status = await session.scalar(
+            select(Dataset.status).where(Dataset.id == dataset_id, Dataset.deleted_at.is_(None))
+        )
+    if status is not DatasetStatus.UPLOADING:
+        raise Conflict("The dataset takes no file any more: create a new one")
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The file is larger than the declared fileSize of {limit} bytes")

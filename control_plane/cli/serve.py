@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from control_plane.settings import Settings
+
+GRACE_S = 3
+"""Open streams are cut so long after the order to stop."""
+
+
+@click.command()
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on; 0: any free one.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of all state.")
+def serve(host: str | None, port: int | None, data_dir: Path | None) -> None:
+    """Run the API alone."""
+    import uvicorn
+
+    from control_plane.app import create_app
+
+    settings = Settings.from_env(host=host, port=port, data_dir=data_dir)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+        log_level="info",
+        access_log=False,
+    )
