@@ -23,7 +23,7 @@ async def get_work(session: AsyncSession, kind: WorkKind, work_id: str, *, lock:
 async def get_many(session: AsyncSession, kind: WorkKind, ids: list[str]) -> dict[str, AnyWork]:
     """Rows by id."""
     table = TABLES[kind]
-    found = await session.scalars(select(table).where(table.id.in_(ids))) if ids else []
+    found = await session.scalars(select(table).where(table.id.in_(ids)))
     return {work.id: work for work in cast("list[AnyWork]", list(found))}
 
 
