@@ -37,6 +37,8 @@ RETRY_S = 2
 def answer_failure(request: Request[Any, Any, Any], error: Exception) -> Response[Failure]:
     """The one exception handler of the application."""
     known = as_refusal(error)
+    if isinstance(error, ValidationException):
+        known = ValidationFailed("Invalid input data", fields=_fields(request, error.extra))
     if known is None:
         log.error("request %s failed", request_id(request.scope), exc_info=error)
         known = BrightRunError("Something went wrong on our side. It has been logged under this answer's X-Request-Id.")
@@ -56,8 +58,6 @@ def as_refusal(error: Exception) -> BrightRunError | None:
     match error:
         case BrightRunError():
             return error
-        case ValidationException():
-            return ValidationFailed("Invalid input data", fields=_fields(error.extra))
         case SerializationException() | msgspec.DecodeError():
             return ValidationFailed("The request body is not valid JSON")
         case MethodNotAllowedException():
@@ -79,16 +79,18 @@ def as_refusal(error: Exception) -> BrightRunError | None:
     return None
 
 
-def _fields(extra: Any) -> dict[str, list[str]]:
-    """Litestar's list of messages by wire name."""
+def _fields(request: Request[Any, Any, Any], extra: Any) -> dict[str, list[str]]:
+    """Litestar's list of messages, by wire name."""
     fields: dict[str, list[str]] = {}
     for item in extra or ():
-        key, message = item.get("key", "body"), item["message"]
-        if key == "data":
-            key, message = "body", "A JSON object is required"
-        fields.setdefault(_camel(key), []).append(message)
+        name, message = item.get("key", "body"), item["message"]
+        if name == "data":
+            name, message = "body", "A JSON object is required"
+        fields.setdefault(_wire_name(request, name), []).append(message)
     return fields
 
 
-def _camel(name: str) -> str:
-    return re.sub(r"_([a-z])", lambda m: m.group(1).upper(), name)
+def _wire_name(request: Request[Any, Any, Any], name: str) -> str:
+    parameter = request.route_handler.parsed_fn_signature.parameters.get(name)
+    alias = getattr(parameter.kwarg_definition, "query", None) if parameter else None
+    return alias or re.sub(r"_([a-z])", lambda m: m.group(1).upper(), name)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from control_plane.cli.folder import make_secret
 from control_plane.settings import Settings
 
 GRACE_S = 3
@@ -21,6 +22,8 @@ def serve(host: str | None, port: int | None, data_dir: Path | None) -> None:
     from control_plane.app import create_app
 
     settings = Settings.from_env(host=host, port=port, data_dir=data_dir)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_secret(settings.data_dir)
     uvicorn.run(
         create_app(settings),
         host=settings.host,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from control_plane.schemas.base import Money, Out
 
 
@@ -40,7 +42,7 @@ class GpuTypeOut(Out):
     name: str
     counts: list[int]
     price_per_hour: Money
-    memory_gib: int
+    memory_gib: int = msgspec.field(name="memoryGiB")
     free: int | None
     """How many more of them could start now; null while the cluster is not known."""
     total: int | None

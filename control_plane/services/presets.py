@@ -45,16 +45,16 @@ def resolve(
 ) -> Resolved:
     """Raises ValidationFailed with a message for every bad field (``presetId``, ``hyperparameters.loraRank`` …)."""
     base = (base_preset or DEFAULT_BASE) if preset_id == CUSTOM else preset_id
-    if base not in catalog.presets:
-        name = "basePreset" if preset_id == CUSTOM else "presetId"
-        raise ValidationFailed.field(name, f"Unknown preset. Choose one of: {', '.join([*catalog.presets, CUSTOM])}")
-    if base_preset is not None and base_preset != base:
-        raise ValidationFailed.field("basePreset", f"Only a {CUSTOM} preset starts from another")
     bad = {
         f"hyperparameters.{name}": [message]
         for name, value in overrides.items()
         if (message := broken(catalog.limits[name], value))
     }
+    if base not in catalog.presets:
+        name = "basePreset" if preset_id == CUSTOM else "presetId"
+        bad[name] = [f"Unknown preset. Choose one of: {', '.join([*catalog.presets, CUSTOM])}"]
+    elif base_preset is not None and base_preset != base:
+        bad["basePreset"] = [f"Only a {CUSTOM} preset starts from another"]
     if bad:
         raise ValidationFailed("Invalid input data", fields=bad)
     plain = full(catalog, base)
