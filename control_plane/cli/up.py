@@ -15,7 +15,7 @@ from control_plane.cli import folder, parts, processes, readiness
 from control_plane.cli.ports import LOOPBACK, Ports, PortTaken, from_here, placed
 from control_plane.cli.processes import Keeper, Part, PartFailed
 from control_plane.db import Database
-from control_plane.migrations import upgrade
+from control_plane.migrations import UnknownVersion, upgrade
 from control_plane.settings import Settings
 
 ORDER_OF_ENDING = ("api", "scheduler", "mlflow", "ray")
@@ -54,7 +54,7 @@ def up(
             folder.make_secret(settings.data_dir)
             ports = wanted.resolved(settings.host)
             asyncio.run(_run(placed(settings, ports), ports, mark, logger, as_json))
-    except (folder.FolderInUse, PortTaken, PartFailed) as error:
+    except (folder.FolderInUse, PortTaken, UnknownVersion, PartFailed) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -12,6 +12,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
@@ -20,6 +21,10 @@ from control_plane.settings import Settings
 
 _LOCK = 0x6272696768747275
 """Key of the PostgreSQL advisory lock: of two processes that upgrade at once, one waits."""
+
+
+class UnknownVersion(Exception):
+    """The database is at a version that this code does not know: it has been used by a newer one."""
 
 
 def config(connection: Connection | None = None) -> Config:
@@ -47,7 +52,10 @@ async def current_revision(database: AsyncSession | AsyncConnection) -> str | No
 
 
 async def upgrade(settings: Settings) -> str:
-    """Bring the database to the head revision in one transaction, and return it. Repeating it is harmless."""
+    """Bring the database to the head revision in one transaction, and return it. Repeating it is harmless.
+
+    Raises UnknownVersion.
+    """
     database = Database(settings.database_url)
     if settings.is_sqlite:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -65,7 +73,10 @@ async def upgrade(settings: Settings) -> str:
 
 
 def _upgrade(connection: Connection) -> None:
-    command.upgrade(config(connection), "head")
+    try:
+        command.upgrade(config(connection), "head")
+    except CommandError as error:
+        raise UnknownVersion(f"the database cannot be used by this version of BrightRun: {error}") from error
     if connection.dialect.name == "sqlite":
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
         if broken:

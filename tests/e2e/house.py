@@ -213,10 +213,9 @@ def held_ms_by_ray(house: House, job_id: str) -> dict[str, int]:
     """Rank actor name → milliseconds it lived, straight from Ray's actor table, by none of our code."""
     env = os.environ | {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(house.data_dir / "ray" / "token"),
-        "RAY_ENABLE_UINT64_TASK_EVENTS": "0",
+        "RAY_AUTH_TOKEN_PATH": str(house.data_dir / "ray_token"),
     }
-    address = house.urls["rayAddress"] if "rayAddress" in house.urls else house.answer["rayAddress"]
+    address = house.answer["rayAddress"]
     done = subprocess.run(
         [sys.executable, "-c", RAY_TIMES, address, job_id], env=env, capture_output=True, text=True, timeout=60
     )

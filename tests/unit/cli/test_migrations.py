@@ -73,3 +73,17 @@ async def test_an_empty_database_has_no_revision(settings: Settings) -> None:
     async with database.read() as session:
         assert await migrations.current_revision(session) is None
     await database.close()
+
+
+async def test_a_database_of_a_newer_version_is_left_alone(settings: Settings) -> None:
+    await migrations.upgrade(settings)
+    database = Database(settings.database_url)
+    async with database.write() as session:
+        await session.execute(text("UPDATE alembic_version SET version_num = '29991231_future'"))
+
+    with pytest.raises(migrations.UnknownVersion, match="29991231_future"):
+        await migrations.upgrade(settings)
+
+    async with database.read() as session:
+        assert await migrations.current_revision(session) == "29991231_future"
+    await database.close()
