@@ -63,9 +63,7 @@ def test_terminal_states_have_no_way_out() -> None:
         (Outcome.FAULT, StopReason.PREEMPT, 1, Status.QUEUED),
     ],
 )
-def test_where_an_ended_attempt_leads(
-    outcome: Outcome, reason: StopReason | None, faults: int, status: Status
-) -> None:
+def test_where_an_ended_attempt_leads(outcome: Outcome, reason: StopReason | None, faults: int, status: Status) -> None:
     assert after_attempt(outcome, reason, faults) is status
 
 

@@ -1,0 +1,280 @@
+"""The ledger against a naive oracle, on both databases."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from control_plane.db import Database
+from control_plane.services.lifecycle import transition
+from control_plane.states import Outcome, Status, StopReason
+from control_plane.tables import Attempt, AttemptUsage, Checkpoint, CostRecord, TrainingJob
+from scheduler import ledger
+from scheduler.executor import RankTimes
+from scheduler.verify import verify
+from tests.rows import PRICE, make_attempt, make_running_job, make_team
+
+HOUR_MS = 3_600_000
+
+
+def price_of(gpu_ms: int, microusd_per_hour: int = PRICE) -> int:
+    return round(Fraction(gpu_ms * microusd_per_hour, HOUR_MS))  # Fraction rounds half to even
+
+
+async def running(database: Database, **fields: Any) -> tuple[str, str]:
+    async with database.write() as session:
+        job, attempt = await make_running_job(session, **fields)
+    return job.id, attempt.id
+
+
+async def report(database: Database, ids: tuple[str, str], usage: ledger.Usage, *, least_ms: int = 10_000) -> bool:
+    async with database.write() as session:
+        job, attempt = await session.get_one(TrainingJob, ids[0]), await session.get_one(Attempt, ids[1])
+        await ledger.record(session, attempt, usage)
+        return await ledger.post(session, job, attempt, least_ms=least_ms)
+
+
+async def settle(
+    database: Database,
+    ids: tuple[str, str],
+    outcome: Outcome,
+    *,
+    held_ms: int | None = None,
+    stop_reason: StopReason | None = None,
+) -> None:
+    times = [] if held_ms is None else [RankTimes(0, 1_000, 1_000 + held_ms, "node")]
+    async with database.write() as session:
+        job, attempt = await session.get_one(TrainingJob, ids[0]), await session.get_one(Attempt, ids[1])
+        await ledger.settle(session, job, attempt, outcome=outcome, stop_reason=stop_reason, times=times)
+        attempt.outcome, attempt.held_ms = outcome, ledger.held_ms(times)
+
+
+async def checkpoint(database: Database, ids: tuple[str, str], step: int, usage: ledger.Usage) -> None:
+    async with database.write() as session:
+        session.add(
+            Checkpoint(
+                job_id=ids[0],
+                attempt_id=ids[1],
+                step=step,
+                epoch=0,
+                loss=1.0,
+                storage_key=f"k{step}",
+                file_size=1,
+                sha256="0",
+                usage=usage,
+            )
+        )
+
+
+async def next_attempt(database: Database, ids: tuple[str, str], **fields: Any) -> tuple[str, str]:
+    async with database.write() as session:
+        job = await session.get_one(TrainingJob, ids[0])
+        job.attempt += 1
+        return ids[0], (await make_attempt(session, job, **fields)).id
+
+
+async def records(database: Database, job_id: str) -> list[tuple[str, int, int]]:
+    """(kind, gpuMs, amount) in order."""
+    async with database.read() as session:
+        found = await session.scalars(select(CostRecord).where(CostRecord.job_id == job_id).order_by(CostRecord.id))
+        return [(r.details["kind"], r.details["gpuMs"], r.amount_microusd) for r in found]
+
+
+async def finish_job(database: Database, job_id: str) -> TrainingJob:
+    async with database.write() as session:
+        job = await session.get_one(TrainingJob, job_id)
+        await transition(session, job, Status.CANCELLED)
+    return job
+
+
+async def violations(database: Database) -> list[Any]:
+    async with database.read() as session:
+        return await verify(session)
+
+
+reports = st.lists(
+    st.dictionaries(
+        st.sampled_from(["0", "1", "2"]),
+        st.dictionaries(
+            st.sampled_from(["loading", "training", "evaluating", "saving"]), st.integers(0, 40_000), min_size=1
+        ),
+        min_size=1,
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(reports=reports, price=st.integers(1, 20_000_000), least_ms=st.sampled_from([0, 3_000, 10_000]))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_late_repeated_and_permuted_reports_cost_what_the_highest_say(
+    database: Database, reports: list[ledger.Usage], price: int, least_ms: int
+) -> None:
+    highest: dict[tuple[str, str], int] = {}
+    for usage in reports:
+        for rank, kinds in usage.items():
+            for kind, ms in kinds.items():
+                highest[rank, kind] = max(highest.get((rank, kind), 0), ms)
+    ids = await running(database, gpu_count=3, price_microusd_per_hour=price)
+    for usage in [*reports, *reversed(reports)]:
+        await report(database, ids, usage, least_ms=least_ms)
+    await settle(database, ids, Outcome.COMPLETED)
+    job = await finish_job(database, ids[0])
+    rows = await records(database, ids[0])
+    assert job.final_cost_microusd == sum(amount for *_, amount in rows) == price_of(sum(highest.values()), price)
+    assert sum(ms for _, ms, _ in rows) == sum(highest.values())
+    assert all(kind == "charge" for kind, *_ in rows)
+
+
+@given(steps=st.lists(st.integers(1, 9_999), min_size=1, max_size=25), price=st.sampled_from([1, 1799, 359_999, PRICE]))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_rounding_never_accumulates(database: Database, steps: list[int], price: int) -> None:
+    ids = await running(database, price_microusd_per_hour=price)
+    total = 0
+    for step in steps:
+        total += step
+        await report(database, ids, {"0": {"training": total}}, least_ms=0)
+        assert sum(amount for *_, amount in await records(database, ids[0])) == price_of(total, price)
+
+
+async def test_half_a_micro_dollar_goes_to_the_even_neighbour(database: Database) -> None:
+    for gpu_ms, amount in ((1, 0), (3, 2), (5, 2), (7, 4)):
+        ids = await running(database, price_microusd_per_hour=HOUR_MS // 2)
+        await report(database, ids, {"0": {"training": gpu_ms}}, least_ms=0)
+        assert await records(database, ids[0]) == [("charge", gpu_ms, amount)]
+
+
+async def test_a_little_stays_unposted_until_the_end(database: Database) -> None:
+    ids = await running(database)
+    assert not await report(database, ids, {"0": {"training": 9_999}})
+    assert await report(database, ids, {"0": {"training": 10_000}})
+    assert not await report(database, ids, {"0": {"training": 10_001}})
+    await settle(database, ids, Outcome.FAILED)
+    assert await records(database, ids[0]) == [("charge", 10_000, 1_000), ("charge", 1, 0)]
+
+
+async def test_a_fault_reverses_what_was_charged_past_the_last_checkpoint(database: Database) -> None:
+    ids = await running(database)
+    await checkpoint(database, ids, 5, {"0": {"loading": 3_000, "training": 10_000}})
+    await report(database, ids, {"0": {"loading": 3_000, "training": 40_000}})
+    await settle(database, ids, Outcome.FAULT, held_ms=43_700)
+    assert await records(database, ids[0]) == [
+        ("charge", 43_000, 4_300),
+        ("reversal", -30_000, -3_000),
+        ("absorbed", 30_700, 0),
+    ]
+    job = await finish_job(database, ids[0])
+    assert job.final_cost_microusd == 1_300
+    assert await violations(database) == []
+
+
+async def test_without_a_checkpoint_a_fault_costs_nothing(database: Database) -> None:
+    ids = await running(database)
+    await report(database, ids, {"0": {"loading": 3_000, "training": 40_000}})
+    await settle(database, ids, Outcome.FAULT, held_ms=43_000)
+    assert sum(amount for *_, amount in await records(database, ids[0])) == 0
+    assert (await finish_job(database, ids[0])).final_cost_microusd == 0
+    assert await violations(database) == []
+
+
+async def test_loading_after_a_fault_is_absorbed(database: Database) -> None:
+    first = await running(database)
+    await checkpoint(database, first, 5, {"0": {"loading": 1_000, "training": 2_000}})
+    await report(database, first, {"0": {"loading": 1_000, "training": 3_000}})
+    await settle(database, first, Outcome.FAULT, held_ms=4_000)
+    second = await next_attempt(database, first, recovery=True)
+    await report(database, second, {"0": {"loading": 7_000, "training": 11_000, "saving": 500}})
+    await settle(database, second, Outcome.COMPLETED, held_ms=18_600)
+    job = await finish_job(database, first[0])
+    assert job.final_cost_microusd == price_of(3_000 + 11_500)
+    async with database.read() as session:
+        absorbed = {
+            (row.kind, row.gpu_ms, row.absorbed_ms)
+            for row in await session.scalars(select(AttemptUsage).where(AttemptUsage.attempt_id == second[1]))
+        }
+    assert absorbed == {("loading", 7_000, 7_000), ("training", 11_000, 0), ("saving", 500, 0), ("tail", 100, 100)}
+    assert await violations(database) == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "billed"),
+    [
+        (Outcome.COMPLETED, None, 20_000),
+        (Outcome.FAILED, None, 20_000),
+        (Outcome.STOPPED, StopReason.CANCEL, 20_000),
+        (Outcome.STOPPED, StopReason.PAUSE, 20_000),
+        (Outcome.STOPPED, StopReason.PREEMPT, 15_000),
+        (Outcome.FAULT, None, 15_000),
+        (Outcome.FAULT, StopReason.CANCEL, 15_000),
+    ],
+)
+async def test_who_bears_what_follows_the_last_checkpoint(
+    database: Database, outcome: Outcome, reason: StopReason | None, billed: int
+) -> None:
+    ids = await running(database)
+    await checkpoint(database, ids, 1, {"0": {"training": 5_000}})
+    await checkpoint(database, ids, 9, {"0": {"training": 15_000}})
+    await report(database, ids, {"0": {"training": 20_000}})
+    await settle(database, ids, outcome, stop_reason=reason, held_ms=20_200)
+    rows = await records(database, ids[0])
+    assert sum(ms for kind, ms, _ in rows if kind != "absorbed") == billed
+    assert sum(ms for kind, ms, _ in rows if kind == "absorbed") == 20_200 - billed
+    await finish_job(database, ids[0])
+    assert await violations(database) == []
+
+
+async def test_the_allowance_grows_with_use_and_stops_at_the_budget(database: Database) -> None:
+    async with database.write() as session:
+        rich = await make_running_job(session)
+        poor_team = await make_team(session, budget_microusd=10_000)
+        poor = await make_running_job(session, team=poor_team, held_microusd=4_000)
+        for job, attempt in (rich, poor):
+            await ledger.record(session, attempt, {"0": {"training": 20_000}})
+        assert await ledger.allowance_ms(session, *rich, ahead_ms=1_800_000) == 1_820_000
+        assert await ledger.allowance_ms(session, *poor, ahead_ms=30_000) == 50_000
+        assert await ledger.allowance_ms(session, *poor, ahead_ms=1_800_000) == 100_000
+        assert await ledger.can_go_on(session, poor[0])
+        await ledger.record(session, poor[1], {"0": {"training": 100_000}})
+        assert not await ledger.can_go_on(session, poor[0])
+        assert await ledger.can_go_on(session, rich[0])
+        assert job is poor[0]
+        assert attempt is poor[1]
+
+
+async def test_time_absorbed_before_leaves_the_allowance(database: Database) -> None:
+    async with database.write() as session:
+        team = await make_team(session, budget_microusd=4_000)
+        job, attempt = await make_running_job(session, team=team, held_microusd=4_000)
+        attempt.recovery = True
+        await ledger.record(session, attempt, {"0": {"loading": 5_000, "training": 10_000}})
+        assert await ledger.allowance_ms(session, job, attempt, 1_800_000) == 40_000 + 5_000
+
+
+DAMAGES = {
+    "rounded once": "UPDATE cost_records SET amount_microusd = amount_microusd + 1",
+    "posted what was used": "UPDATE attempt_usage SET gpu_ms = gpu_ms + 1000 WHERE kind = 'training'",
+    "absorbed is part of used": "UPDATE attempt_usage SET absorbed_ms = gpu_ms + 1 WHERE kind = 'tail'",
+    "billed + absorbed = held": "UPDATE attempts SET held_ms = held_ms + 251",
+    "ended with its attempts": "UPDATE attempts SET outcome = NULL",
+    "absorbed is recorded": "DELETE FROM cost_records WHERE amount_microusd = 0",
+    "final cost is the sum": "UPDATE training_jobs SET final_cost_microusd = 0",
+    "price pinned at acceptance": "UPDATE training_jobs SET price_microusd_per_hour = 1",
+    "held until the end": "UPDATE budget_holds SET state = 'OPEN'",
+}
+
+
+async def test_verify_names_what_is_wrong(database: Database) -> None:
+    ids = await running(database)
+    await report(database, ids, {"0": {"training": 20_000}})
+    await settle(database, ids, Outcome.COMPLETED, held_ms=20_300)
+    await finish_job(database, ids[0])
+    assert await violations(database) == []
+    for rule, damage in DAMAGES.items():
+        async with database.read() as session:
+            await (await session.connection()).exec_driver_sql(damage)
+            assert rule in {violation.rule for violation in await verify(session)}, rule

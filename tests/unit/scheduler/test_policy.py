@@ -1,0 +1,181 @@
+"""Decisions, without a database or a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from control_plane.states import StopReason, WorkKind
+from scheduler.executor import Demand, Liveness, Look
+from scheduler.policy import (
+    Action,
+    AskStop,
+    DeclareFault,
+    Dispatch,
+    Follow,
+    Held,
+    Release,
+    SetQueueReason,
+    SetReconnecting,
+    Snapshot,
+    Start,
+    Waiting,
+    decide,
+)
+
+NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
+SLOT = Demand(resources={"slot_cpu": 1})
+LOOK = Look(reachable=True, cluster_id="c1", total={"slot_cpu": 1.0, "slot_io": 2.0, "GPU": 8.0})
+AWAY = Look(reachable=False)
+
+
+def job(name: str, **fields: Any) -> Waiting:
+    values: dict[str, Any] = {"demand": SLOT, "priority": 0, "queued_at": NOW}
+    return Waiting(kind=WorkKind.JOB, work_id=name, **{**values, **fields})
+
+
+def verdict(name: str) -> Waiting:
+    demand = Demand(resources={"slot_io": 1}, metered=False)
+    return replace(job(name, demand=demand), kind=WorkKind.VERDICT)
+
+
+def held(name: str, **fields: Any) -> Held:
+    values: dict[str, Any] = {"demand": SLOT, "cluster_id": "c1"}
+    return Held(WorkKind.JOB, name, f"attempt of {name}", f"{name}/1", **{**values, **fields})
+
+
+def plan(
+    *waiting: Waiting, held: tuple[Held, ...] = (), look: Look = LOOK, now: datetime = NOW, **rest: Any
+) -> list[Action]:
+    return decide(Snapshot(waiting, held, look, **rest), now)
+
+
+def with_actors(**actors: Liveness) -> Look:
+    named = {f"{name}/1": liveness for name, liveness in actors.items()}
+    return Look(True, "c1", named, total=LOOK.total)
+
+
+def test_the_queue_goes_by_priority_then_age() -> None:
+    first, second = job("b", priority=5), job("a", queued_at=NOW - timedelta(hours=1))
+    assert plan(second, first)[0] == Dispatch(WorkKind.JOB, "b")
+    assert plan(job("young"), second)[0] == Dispatch(WorkKind.JOB, "a")
+
+
+def test_every_waiting_job_gets_a_reason_once() -> None:
+    actions = plan(job("a"), job("b", queued_at=NOW + timedelta(seconds=1)))
+    assert actions[0] == Dispatch(WorkKind.JOB, "a")
+    assert isinstance(actions[1], SetQueueReason)
+    assert "slot_cpu" in actions[1].reason
+    again = plan(job("a"), job("b", queued_at=NOW + timedelta(seconds=1), reason=actions[1].reason))
+    assert again == [Dispatch(WorkKind.JOB, "a")]
+
+
+def test_training_never_blocks_verdicts() -> None:
+    look = with_actors(running=Liveness.ALIVE)
+    actions = plan(job("a"), verdict("v1"), verdict("v2"), verdict("v3"), held=(held("running"),), look=look)
+    assert {a.work_id for a in actions if isinstance(a, Dispatch)} == {"v1", "v2"}
+    assert {a.work_id for a in actions if isinstance(a, SetQueueReason)} == {"a", "v3"}
+
+
+def test_what_an_ended_attempt_has_not_released_is_not_free() -> None:
+    actions = plan(job("a"), held=(held("done", ended=True),))
+    assert Release("done/1", "attempt of done") in actions
+    assert not any(isinstance(action, Dispatch) for action in actions)
+
+
+def test_a_gang_is_not_overtaken_by_those_behind_it() -> None:
+    gang = job("gang", demand=Demand(resources={}, num_gpus=1, ranks=8), priority=1)
+    small = job("small", demand=Demand(resources={}, num_gpus=1))
+    other = job("other")
+    running = held("running", demand=Demand(resources={}, num_gpus=1))
+    actions = plan(gang, small, other, held=(running,), look=with_actors(running=Liveness.ALIVE))
+    assert [a.work_id for a in actions if isinstance(a, Dispatch)] == ["other"]
+
+
+def test_what_the_cluster_could_never_hold_blocks_nobody() -> None:
+    giant = job("giant", demand=Demand(resources={"slot_cpu": 4}), priority=9)
+    rare = job("rare", demand=Demand(resources={}, num_gpus=1, labels={"ray.io/accelerator-type": "H200"}), priority=9)
+    actions = plan(giant, rare, job("a"))
+    reasons = {a.work_id: a.reason for a in actions if isinstance(a, SetQueueReason)}
+    assert Dispatch(WorkKind.JOB, "a") in actions
+    assert "has 1 slot_cpu, 4 needed" in reasons["giant"]
+    assert "H200" in reasons["rare"]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "rest", "told"),
+    [
+        (job("a", not_before=NOW + timedelta(seconds=9)), {}, "12:00:09"),
+        (job("a"), {"look": AWAY}, "cannot be reached"),
+        (job("a", needs_tracking=True), {"tracking_problem": "MLflow is away"}, "MLflow is away"),
+        (job("a", demand=None, blocked="No such GPU type"), {}, "No such GPU type"),
+    ],
+)
+def test_what_stands_in_the_way_is_said(waiting: Waiting, rest: dict[str, Any], told: str) -> None:
+    (action,) = plan(waiting, **rest)
+    assert isinstance(action, SetQueueReason)
+    assert told in action.reason
+
+
+def test_an_mlflow_outage_keeps_nothing_that_has_a_run() -> None:
+    actions = plan(job("a"), tracking_problem="MLflow is away")
+    assert actions == [Dispatch(WorkKind.JOB, "a")]
+
+
+def test_a_pause_after_a_fault_ends() -> None:
+    assert plan(job("a", not_before=NOW - timedelta(seconds=1))) == [Dispatch(WorkKind.JOB, "a")]
+
+
+def test_an_attempt_that_the_cluster_never_saw_is_started_again() -> None:
+    assert plan(held=(held("a", cluster_id=None),)) == [Start("a", "attempt of a")]
+
+
+def test_an_attempt_that_nobody_noted_is_adopted() -> None:
+    actions = plan(held=(held("a", cluster_id=None),), look=with_actors(a=Liveness.ALIVE))
+    assert actions == [Follow("attempt of a", "a/1", adopt=True)]
+
+
+@pytest.mark.parametrize(
+    ("cluster_id", "look", "code"),
+    [
+        ("c1", with_actors(a=Liveness.DEAD), "SUPERVISOR_DIED"),
+        (None, with_actors(a=Liveness.DEAD), "SUPERVISOR_DIED"),
+        ("c1", LOOK, "SUPERVISOR_LOST"),
+        ("c0", LOOK, "CLUSTER_LOST"),
+    ],
+)
+def test_confirmed_death_is_a_fault(cluster_id: str | None, look: Look, code: str) -> None:
+    (action,) = plan(held=(held("a", cluster_id=cluster_id),), look=look)
+    assert isinstance(action, DeclareFault)
+    assert action.code == code
+
+
+@pytest.mark.parametrize("look", [AWAY, with_actors(a=Liveness.UNKNOWN)])
+def test_unknown_is_not_dead(look: Look) -> None:
+    assert plan(held=(held("a"),), look=look) == [SetReconnecting(WorkKind.JOB, "a", True)]
+    assert plan(held=(held("a", reconnecting=True),), look=look) == []
+
+
+def test_what_answers_again_reconnects() -> None:
+    actions = plan(held=(held("a", reconnecting=True),), look=with_actors(a=Liveness.ALIVE))
+    assert SetReconnecting(WorkKind.JOB, "a", False) in actions
+
+
+def test_a_stop_is_asked_until_it_is_heard() -> None:
+    stopping = held("a", stop_requested=StopReason.PAUSE)
+    look = with_actors(a=Liveness.ALIVE)
+    assert AskStop("a/1", StopReason.PAUSE) in plan(held=(stopping,), look=look)
+    asked = frozenset({("a/1", StopReason.PAUSE)})
+    assert plan(held=(stopping,), look=look, asked=asked) == [Follow("attempt of a", "a/1", adopt=False)]
+
+
+def test_supervisors_that_belong_to_nothing_are_released() -> None:
+    look = with_actors(stray=Liveness.ALIVE, old=Liveness.DEAD)
+    assert plan(look=look) == [Release("stray/1")]
+
+
+def test_nothing_is_released_while_the_cluster_is_away() -> None:
+    assert plan(held=(held("a", ended=True),), look=AWAY) == []
