@@ -82,7 +82,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
             "paging": Provide(context.provide_paging, sync_to_thread=False),
             "who": Provide(context.provide_who, sync_to_thread=False),
         },
-        dto=context.JsonBody,
+        dto=context.StrictJson,
         return_dto=None,
         exception_handlers={Exception: answer_failure},
         before_send=[add_headers],

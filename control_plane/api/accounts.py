@@ -7,10 +7,10 @@ from typing import Any
 
 from litestar import Controller, Response, delete, get, patch, post
 from litestar.datastructures import Cookie
+from litestar.params import FromPath, JSONBody
 from msgspec import UNSET
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from control_plane.api.context import AnyRequest, Idempotent, Installation, address_of
+from control_plane.api.context import AnyRequest, Caller, House, Installation, Once, Session, address_of
 from control_plane.auth import ANYONE, COOKIE, MANAGE, READ
 from control_plane.errors import Unauthorized
 from control_plane.schemas.accounts import (
@@ -32,7 +32,6 @@ from control_plane.schemas.accounts import (
 from control_plane.schemas.base import Ok, ok
 from control_plane.services import accounts, keys, throttle
 from control_plane.services.passwords import hash_password, verify_password
-from control_plane.services.scope import Principal
 from control_plane.tables import User
 from control_plane.tables.accounts import SessionKind
 
@@ -44,11 +43,11 @@ class AuthController(Controller):
     @post("/signup", guards=[ANYONE], summary="Create an account")
     async def signup(
         self,
-        data: Signup,
+        data: JSONBody[Signup],
         request: AnyRequest,
-        installation: Installation,
-        session: AsyncSession,
-        idempotent: Idempotent,
+        installation: House,
+        session: Session,
+        idempotent: Once,
     ) -> Ok[NewUserData]:
         password_hash = await hash_password(data.password)
         policy, address = installation.settings.signup, address_of(request)
@@ -60,7 +59,9 @@ class AuthController(Controller):
         return ok(await idempotent(NewUserData, run))
 
     @post("/signin", guards=[ANYONE], status_code=200, summary="Open a session; answers a short-lived bearer token too")
-    async def signin(self, data: Signin, request: AnyRequest, installation: Installation) -> Response[Ok[SigninData]]:
+    async def signin(
+        self, data: JSONBody[Signin], request: AnyRequest, installation: House
+    ) -> Response[Ok[SigninData]]:
         """The password is verified between transactions, not within one."""
         settings, database = installation.settings, installation.database
         email, address = accounts.fold(data.email), address_of(request)
@@ -78,17 +79,17 @@ class AuthController(Controller):
         return Response(answer, cookies=[_cookie(cookie, installation, settings.session_ttl_s)])
 
     @post("/signout", guards=[READ], status_code=200, summary="End the session that the request came in")
-    async def signout(self, session: AsyncSession, who: Principal, installation: Installation) -> Response[Ok[None]]:
+    async def signout(self, session: Session, who: Caller, installation: House) -> Response[Ok[None]]:
         if who.session_id is not None:
             await accounts.close_session(session, who.session_id)
         return Response(ok(None), cookies=[_cookie("", installation, 0)])
 
     @get("/me", guards=[READ], summary="The caller's account")
-    async def me(self, who: Principal) -> Ok[UserData]:
+    async def me(self, who: Caller) -> Ok[UserData]:
         return ok(UserData(user=UserOut.of(who.user)))
 
     @patch("/me", guards=[MANAGE], summary="Change name or organization")
-    async def change_me(self, data: ChangeMe, session: AsyncSession, who: Principal) -> Ok[UserData]:
+    async def change_me(self, data: JSONBody[ChangeMe], session: Session, who: Caller) -> Ok[UserData]:
         user = await session.get_one(User, who.user_id)
         if data.name is not UNSET:
             user.name = data.name
@@ -105,11 +106,11 @@ class KeyController(Controller):
     @post(guards=[MANAGE], summary="Create an API key; it is shown this once")
     async def create(
         self,
-        data: CreateKey,
-        installation: Installation,
-        session: AsyncSession,
-        who: Principal,
-        idempotent: Idempotent,
+        data: JSONBody[CreateKey],
+        installation: House,
+        session: Session,
+        who: Caller,
+        idempotent: Once,
     ) -> Ok[NewKey]:
         async def run() -> NewKey:
             nonce = secrets.token_hex()
@@ -121,17 +122,17 @@ class KeyController(Controller):
         return ok(made)
 
     @get(guards=[MANAGE], summary="The caller's keys in this team; an owner sees everybody's")
-    async def list_keys(self, session: AsyncSession, who: Principal) -> Ok[Keys]:
+    async def list_keys(self, session: Session, who: Caller) -> Ok[Keys]:
         return ok(Keys(keys=[KeyOut.of(key) for key in await keys.listed(session, who)]))
 
     @delete("/{key_id:str}", guards=[MANAGE], status_code=200, summary="Revoke a key")
-    async def revoke(self, key_id: str, session: AsyncSession, who: Principal) -> Ok[None]:
+    async def revoke(self, key_id: FromPath[str], session: Session, who: Caller) -> Ok[None]:
         await keys.revoke(session, who, key_id)
         return ok(None)
 
 
 @get("/api/teams", guards=[READ], tags=["teams"], summary="The caller's teams, the personal one first")
-async def list_teams(session: AsyncSession, who: Principal) -> Ok[Teams]:
+async def list_teams(session: Session, who: Caller) -> Ok[Teams]:
     found = await accounts.teams_of(session, who.user_id)
     return ok(Teams(teams=[TeamOut.seen(team, role) for team, role in found]))
 

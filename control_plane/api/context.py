@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
 from litestar import Request
+from litestar.di import NamedDependency
 from litestar.dto import AbstractDTO
 from litestar.openapi.spec import Reference, Schema
-from litestar.params import Parameter
+from litestar.params import FromQuery, QueryParameter
 from litestar.typing import FieldDefinition
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -38,7 +39,10 @@ class Installation:
     secret: bytes
 
 
-class JsonBody(AbstractDTO[T], Generic[T]):
+House: TypeAlias = NamedDependency[Installation]
+
+
+class StrictJson(AbstractDTO[T], Generic[T]):
     """Bodies are read strictly, and every bad field is named (``schemas.base.decode``)."""
 
     def decode_bytes(self, value: bytes) -> Any:
@@ -78,14 +82,20 @@ class Idempotent:
         return await idempotency.once(self._session, self._request, kind, run)
 
 
-async def provide_session(request: AnyRequest, installation: Installation) -> AsyncIterator[AsyncSession]:
+Session: TypeAlias = NamedDependency[AsyncSession]
+Caller: TypeAlias = NamedDependency[Principal]
+Pages: TypeAlias = NamedDependency[Paging]
+Once: TypeAlias = NamedDependency[Idempotent]
+
+
+async def provide_session(request: AnyRequest, installation: House) -> AsyncIterator[AsyncSession]:
     """One transaction a request. It begins at the first statement and has committed before the answer is sent."""
     database = installation.database
     async with database.read() if request.method in SAFE_METHODS else database.write() as session:
         yield session
 
 
-async def provide_idempotent(request: AnyRequest, session: AsyncSession, installation: Installation) -> Idempotent:
+async def provide_idempotent(request: AnyRequest, session: Session, installation: House) -> Idempotent:
     who: Principal | None = request.scope["state"].get("principal")
     asks = idempotency.Request(
         scope=f"{who.team_id if who else address_of(request)} {request.method} {request.scope['path_template']}",
@@ -97,10 +107,10 @@ async def provide_idempotent(request: AnyRequest, session: AsyncSession, install
 
 
 def provide_paging(
-    page: Annotated[int, Parameter(ge=1, le=1_000_000)] = 1,
-    page_size: Annotated[int, Parameter(query="pageSize", ge=1, le=100)] = 20,
-    sort_by: Annotated[str | None, Parameter(query="sortBy")] = None,
-    order: Literal["asc", "desc"] = "desc",
+    page: Annotated[int, QueryParameter(ge=1, le=1_000_000)] = 1,
+    page_size: Annotated[int, QueryParameter(name="pageSize", ge=1, le=100)] = 20,
+    sort_by: Annotated[str | None, QueryParameter(name="sortBy")] = None,
+    order: FromQuery[Literal["asc", "desc"]] = "desc",
 ) -> Paging:
     return Paging(page=page, page_size=page_size, sort_by=sort_by, order=order)
 

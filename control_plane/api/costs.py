@@ -6,29 +6,27 @@ from datetime import date
 from typing import Annotated
 
 from litestar import get, put
-from litestar.params import Parameter
-from sqlalchemy.ext.asyncio import AsyncSession
+from litestar.params import FromQuery, JSONBody, QueryParameter
 
+from control_plane.api.context import Caller, Pages, Session
 from control_plane.auth import SEE_COSTS, SET_BUDGET
 from control_plane.money import usd
 from control_plane.schemas.base import Ok, ok
 from control_plane.schemas.costs import Budget, ChangeBudget, CostGroups, CostOut, Costs, Summary
 from control_plane.services import costs
-from control_plane.services.listing import Paging
-from control_plane.services.scope import Principal
 from control_plane.tables.money import CostType
 
 
 @get("/api/costs", guards=[SEE_COSTS], tags=["costs"], summary="The ledger's records, or their sums by groupBy")
 async def list_costs(
-    session: AsyncSession,
-    who: Principal,
-    paging: Paging,
-    first: Annotated[date | None, Parameter(query="from", description="first UTC day")] = None,
-    last: Annotated[date | None, Parameter(query="to", description="last UTC day")] = None,
-    cost_type: Annotated[CostType | None, Parameter(query="type")] = None,
-    job: str | None = None,
-    group_by: Annotated[costs.GroupBy | None, Parameter(query="groupBy")] = None,
+    session: Session,
+    who: Caller,
+    paging: Pages,
+    first: Annotated[date | None, QueryParameter(name="from", description="first UTC day")] = None,
+    last: Annotated[date | None, QueryParameter(name="to", description="last UTC day")] = None,
+    cost_type: Annotated[CostType | None, QueryParameter(name="type")] = None,
+    job: FromQuery[str | None] = None,
+    group_by: Annotated[costs.GroupBy | None, QueryParameter(name="groupBy")] = None,
 ) -> Ok[Costs] | Ok[CostGroups]:
     chosen = costs.Filter(first, last, cost_type, job)
     if group_by is not None:
@@ -38,12 +36,12 @@ async def list_costs(
 
 
 @get("/api/costs/summary", guards=[SEE_COSTS], tags=["costs"], summary="The UTC month so far, and its forecast")
-async def summary(session: AsyncSession, who: Principal) -> Ok[Summary]:
+async def summary(session: Session, who: Caller) -> Ok[Summary]:
     return ok(await costs.summary(session, who.team_id))
 
 
 @put("/api/budget", guards=[SET_BUDGET], tags=["costs"], summary="Set the team's monthly budget; null: unlimited")
-async def set_budget(data: ChangeBudget, session: AsyncSession, who: Principal) -> Ok[Budget]:
+async def set_budget(data: JSONBody[ChangeBudget], session: Session, who: Caller) -> Ok[Budget]:
     team = await costs.set_budget(session, who, data.monthly_budget)
     limit = team.monthly_budget_microusd
     return ok(Budget(monthly_budget=None if limit is None else usd(limit)))

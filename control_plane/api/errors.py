@@ -92,5 +92,5 @@ def _fields(request: Request[Any, Any, Any], extra: Any) -> dict[str, list[str]]
 
 def _wire_name(request: Request[Any, Any, Any], name: str) -> str:
     parameter = request.route_handler.parsed_fn_signature.parameters.get(name)
-    alias = getattr(parameter.kwarg_definition, "query", None) if parameter else None
+    alias = getattr(parameter.kwarg_definition, "name", None) if parameter else None
     return alias or re.sub(r"_([a-z])", lambda m: m.group(1).upper(), name)

@@ -6,7 +6,7 @@ import logging
 
 from litestar import get
 
-from control_plane.api.context import Installation
+from control_plane.api.context import House
 from control_plane.auth import ANYONE
 from control_plane.errors import ServiceUnavailable
 from control_plane.migrations import current_revision, head_revision
@@ -21,7 +21,7 @@ async def live() -> Ok[dict[str, str]]:
 
 
 @get("/health/ready", guards=[ANYONE], tags=["health"], summary="Database, its version, and object store answer")
-async def ready(installation: Installation) -> Ok[dict[str, str]]:
+async def ready(installation: House) -> Ok[dict[str, str]]:
     try:
         async with installation.database.read() as session:
             revision = await current_revision(session)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from litestar import Controller, get, patch, post
-from litestar.params import Parameter
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from control_plane.api.context import Idempotent, Installation
+from control_plane.api.context import Caller, House, Once, Pages, Session
 from control_plane.auth import READ, TRAIN
 from control_plane.errors import Conflict
 from control_plane.schemas.base import Ok, ok
@@ -28,7 +28,6 @@ from control_plane.schemas.jobs import (
 )
 from control_plane.services import jobs, lifecycle, telemetry
 from control_plane.services.accounts import audit
-from control_plane.services.listing import Paging
 from control_plane.services.scope import Principal, get_owned
 from control_plane.states import Status, StopReason
 from control_plane.tables import TrainingJob
@@ -39,7 +38,7 @@ class JobController(Controller):
     tags = ("jobs",)
 
     @post("/estimate", guards=[READ], status_code=200, summary="What POST /api/jobs with this body would take and cost")
-    async def estimate(self, data: CreateJob, who: Principal, installation: Installation) -> Ok[EstimateData]:
+    async def estimate(self, data: JSONBody[CreateJob], who: Caller, installation: House) -> Ok[EstimateData]:
         default = installation.settings.default_base_model
         async with installation.database.read() as session:
             ready = await jobs.prepare(session, who, data, installation.catalog, default)
@@ -48,11 +47,11 @@ class JobController(Controller):
     @post(guards=[TRAIN], summary="Train")
     async def create(
         self,
-        data: CreateJob,
-        installation: Installation,
-        session: AsyncSession,
-        who: Principal,
-        idempotent: Idempotent,
+        data: JSONBody[CreateJob],
+        installation: House,
+        session: Session,
+        who: Caller,
+        idempotent: Once,
     ) -> Ok[NewJob]:
         default = installation.settings.default_base_model
 
@@ -66,24 +65,26 @@ class JobController(Controller):
     @get(guards=[READ], summary="The team's jobs")
     async def list_jobs(
         self,
-        session: AsyncSession,
-        who: Principal,
-        paging: Paging,
-        status: Status | None = None,
-        dataset_id: Annotated[str | None, Parameter(query="datasetId")] = None,
+        session: Session,
+        who: Caller,
+        paging: Pages,
+        status: FromQuery[Status | None] = None,
+        dataset_id: Annotated[str | None, QueryParameter(name="datasetId")] = None,
     ) -> Ok[Jobs]:
         rows, pagination = await jobs.listed(session, who.team_id, paging, status, dataset_id)
         return ok(Jobs(jobs=await _seen(session, rows), pagination=pagination))
 
     @get("/{job_id:str}", guards=[READ], summary="A job with its metrics history")
-    async def get_job(self, job_id: str, session: AsyncSession, who: Principal) -> Ok[JobData]:
+    async def get_job(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[JobData]:
         job = await get_owned(session, TrainingJob, who.team_id, job_id)
         (seen,) = await _seen(session, [job])
         seen.metrics = await telemetry.metrics(session, job_id)
         return ok(JobData(job=seen))
 
     @patch("/{job_id:str}", guards=[TRAIN], summary="Change the name, or the priority while it is queued")
-    async def change(self, job_id: str, data: ChangeJob, session: AsyncSession, who: Principal) -> Ok[JobData]:
+    async def change(
+        self, job_id: FromPath[str], data: JSONBody[ChangeJob], session: Session, who: Caller
+    ) -> Ok[JobData]:
         job = await jobs.change(session, who.team_id, job_id, data)
         (seen,) = await _seen(session, [job])
         return ok(JobData(job=seen))
@@ -91,10 +92,10 @@ class JobController(Controller):
     @get("/{job_id:str}/metrics", guards=[READ], summary="The curve, in at most maxPoints points")
     async def metrics(
         self,
-        job_id: str,
-        session: AsyncSession,
-        who: Principal,
-        max_points: Annotated[int, Parameter(query="maxPoints", ge=2, le=10_000)] = 2000,
+        job_id: FromPath[str],
+        session: Session,
+        who: Caller,
+        max_points: Annotated[int, QueryParameter(name="maxPoints", ge=2, le=10_000)] = 2000,
     ) -> Ok[Metrics]:
         await get_owned(session, TrainingJob, who.team_id, job_id)
         return ok(Metrics(metrics=await telemetry.metrics(session, job_id, max_points)))
@@ -102,36 +103,36 @@ class JobController(Controller):
     @get("/{job_id:str}/logs", guards=[READ], summary="Its log")
     async def logs(
         self,
-        job_id: str,
-        session: AsyncSession,
-        who: Principal,
-        paging: Paging,
-        level: Literal["INFO", "WARNING", "ERROR"] | None = None,
+        job_id: FromPath[str],
+        session: Session,
+        who: Caller,
+        paging: Pages,
+        level: FromQuery[Literal["INFO", "WARNING", "ERROR"] | None] = None,
     ) -> Ok[Logs]:
         await get_owned(session, TrainingJob, who.team_id, job_id)
         rows, pagination = await telemetry.logs(session, job_id, paging, level)
         return ok(Logs(logs=rows, pagination=pagination))
 
     @get("/{job_id:str}/checkpoints", guards=[READ], summary="Its checkpoints, by step")
-    async def checkpoints(self, job_id: str, session: AsyncSession, who: Principal) -> Ok[Checkpoints]:
+    async def checkpoints(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[Checkpoints]:
         await get_owned(session, TrainingJob, who.team_id, job_id)
         return ok(Checkpoints(checkpoints=await telemetry.checkpoints(session, job_id)))
 
     @get("/{job_id:str}/attempts", guards=[READ], summary="Its executions, by number")
-    async def attempts(self, job_id: str, session: AsyncSession, who: Principal) -> Ok[Attempts]:
+    async def attempts(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[Attempts]:
         await get_owned(session, TrainingJob, who.team_id, job_id)
         return ok(Attempts(attempts=await telemetry.attempts(session, job_id)))
 
     @post("/{job_id:str}/cancel", guards=[TRAIN], status_code=202, summary="End it, keeping the last checkpoint")
-    async def cancel(self, job_id: str, session: AsyncSession, who: Principal) -> Ok[JobData]:
+    async def cancel(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[JobData]:
         return await _stop(session, who, job_id, StopReason.CANCEL)
 
     @post("/{job_id:str}/pause", guards=[TRAIN], status_code=202, summary="Free its GPUs, keeping a checkpoint")
-    async def pause(self, job_id: str, session: AsyncSession, who: Principal) -> Ok[JobData]:
+    async def pause(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[JobData]:
         return await _stop(session, who, job_id, StopReason.PAUSE)
 
     @post("/{job_id:str}/resume", guards=[TRAIN], status_code=202, summary="Queue a paused job again")
-    async def resume(self, job_id: str, session: AsyncSession, who: Principal) -> Ok[JobData]:
+    async def resume(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[JobData]:
         job = await get_owned(session, TrainingJob, who.team_id, job_id, lock=True)
         if job.status is not Status.PAUSED or not await lifecycle.transition(session, job, Status.QUEUED):
             raise Conflict(f"Only a PAUSED job can be resumed; this one is {job.status}")

@@ -7,10 +7,11 @@ from email.message import Message
 from typing import Any
 
 from litestar import Controller, Response, get, put
+from litestar.params import FromPath
 from litestar.response import Stream
 from sqlalchemy import select
 
-from control_plane.api.context import AnyRequest, Installation
+from control_plane.api.context import AnyRequest, House, Installation
 from control_plane.auth import SIGNED_URL
 from control_plane.errors import Conflict, Forbidden, NotFound, PayloadTooLarge
 from control_plane.schemas.base import Ok, ok
@@ -25,7 +26,7 @@ class ObjectController(Controller):
     include_in_schema = False
 
     @put("/{key:path}", guards=[SIGNED_URL], status_code=200, request_max_body_size=None)
-    async def upload(self, key: str, request: AnyRequest, installation: Installation) -> Ok[None]:
+    async def upload(self, key: FromPath[str], request: AnyRequest, installation: House) -> Ok[None]:
         """Streamed in bounded memory; beyond the declared size, or once confirmed, nothing is stored."""
         key, claims = _verified(request, key, installation)
         limit, dataset_id = int(claims["limit"]), claims["dataset"]
@@ -36,7 +37,7 @@ class ObjectController(Controller):
         return ok(None)
 
     @get("/{key:path}", guards=[SIGNED_URL])
-    async def download(self, key: str, request: AnyRequest, installation: Installation) -> Response[Any]:
+    async def download(self, key: FromPath[str], request: AnyRequest, installation: House) -> Response[Any]:
         key, claims = _verified(request, key, installation)
         size = await installation.storage.size(key)
         if size is None:

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Response, get
-from litestar.params import Parameter
+from litestar.params import FromPath, QueryParameter
 from litestar.response import Stream
 
-from control_plane.api.context import AnyRequest, Installation
+from control_plane.api.context import AnyRequest, Caller, House, Installation
 from control_plane.api.follower import Follower
 from control_plane.auth import READ, authenticate
 from control_plane.errors import BrightRunError, ValidationFailed
-from control_plane.services.scope import Principal, get_owned
+from control_plane.services.scope import get_owned
 from control_plane.states import TERMINAL
 from control_plane.tables import JobEvent, TrainingJob
 
@@ -26,11 +26,11 @@ HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
 
 @get("/api/jobs/{job_id:str}/stream", guards=[READ], tags=["jobs"], summary="Its events, live (text/event-stream)")
 async def stream(
-    job_id: str,
+    job_id: FromPath[str],
     request: AnyRequest,
-    who: Principal,
-    installation: Installation,
-    last_event_id: Annotated[str | None, Parameter(query="lastEventId")] = None,
+    who: Caller,
+    installation: House,
+    last_event_id: Annotated[str | None, QueryParameter(name="lastEventId")] = None,
 ) -> Response[Any]:
     """Replays from ``Last-Event-ID`` (header or ``lastEventId``). 204 when everything was seen and nothing can come."""
     after = _cursor(request.headers.get("Last-Event-ID") or last_event_id)

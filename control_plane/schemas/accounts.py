@@ -109,10 +109,10 @@ class TeamOut(Out):
     created_at: datetime
 
     @classmethod
-    def seen(cls, team: Team, role: TeamRole) -> TeamOut:
+    def seen(cls, team: Team, role: TeamRole, user_id: str) -> TeamOut:
         budget = team.monthly_budget_microusd
         limit = None if budget is None else usd(budget)
-        return cls.of(team, role=role, personal=team.personal_of is not None, monthly_budget=limit)
+        return cls.of(team, role=role, personal=team.personal_of == user_id, monthly_budget=limit)
 
 
 class Teams(Out):
