@@ -58,7 +58,7 @@ class AuthController(Controller):
 
         return ok(await idempotent(NewUserData, run))
 
-    @post("/signin", guards=[ANYONE], status_code=200, summary="Open a session; answers a short-lived bearer token too")
+    @post("/signin", guards=[ANYONE], status_code=200, summary="Open a session; answers a bearer token too")
     async def signin(
         self, data: JSONBody[Signin], request: AnyRequest, installation: House
     ) -> Response[Ok[SigninData]]:
@@ -134,7 +134,7 @@ class KeyController(Controller):
 @get("/api/teams", guards=[READ], tags=["teams"], summary="The caller's teams, the personal one first")
 async def list_teams(session: Session, who: Caller) -> Ok[Teams]:
     found = await accounts.teams_of(session, who.user_id)
-    return ok(Teams(teams=[TeamOut.seen(team, role) for team, role in found]))
+    return ok(Teams(teams=[TeamOut.seen(team, role, who.user_id) for team, role in found]))
 
 
 def _cookie(value: str, installation: Installation, max_age_s: int) -> Cookie:

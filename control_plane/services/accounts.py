@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select, update
+from sqlalchemy import case, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import EmailExists, Forbidden
@@ -122,11 +122,12 @@ async def session_of(session: AsyncSession, token: str, kind: SessionKind) -> tu
 
 async def teams_of(session: AsyncSession, user_id: str) -> list[tuple[Team, TeamRole]]:
     """A user's teams, the personal one first."""
+    foreign = case((Team.personal_of == user_id, 0), else_=1)
     rows = await session.execute(
         select(Team, Membership.role)
         .join(Membership, Membership.team_id == Team.id)
         .where(Membership.user_id == user_id)
-        .order_by(Team.personal_of.is_(None), Team.created_at, Team.id)
+        .order_by(foreign, Team.created_at, Team.id)
     )
     return [(team, role) for team, role in rows]
 
