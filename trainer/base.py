@@ -54,6 +54,16 @@ def context_length(folder: Path, wanted: int) -> int:
     return min(wanted, positions) if isinstance(positions, int) else wanted
 
 
+def stop_ids(folder: Path) -> set[int]:
+    """The tokens that end an answer, as the model's own settings name them."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = json.loads((folder / name).read_bytes()).get("eos_token_id")
+            ids |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+    return ids
+
+
 def _digest(source: BaseModelSource) -> str:
     stamp = ""
     if source.kind == "gguf":

@@ -1,0 +1,67 @@
+"""The adapter: LoRA by PEFT, its weights in fp32 on a frozen base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trainer.config import BaseModel, Hyperparameters
+from trainer.errors import TrainerError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def add_adapter(model: nn.Module, base: BaseModel, hyperparameters: Hyperparameters) -> PeftModel:
+    """Put a fresh adapter on the base; its start follows from the seed. Raises TrainerError BAD_CONFIG."""
+    h = hyperparameters
+    config = LoraConfig(
+        r=h.lora_rank,
+        lora_alpha=h.lora_alpha,
+        lora_dropout=h.lora_dropout,
+        target_modules=list(h.target_modules),
+        use_rslora=h.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.id,
+        revision=base.revision,
+    )
+    suffixes = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := sorted(set(h.target_modules) - suffixes):
+        raise TrainerError(
+            "BAD_CONFIG",
+            f"The base model has no modules named {', '.join(missing)}.",
+            "Choose targetModules among its linear layers: "
+            + ", ".join(sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})),
+        )
+    torch.manual_seed(h.seed)
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The adapter's parameters, in a fixed order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """A copy of the adapter's weights on the CPU, by the names that PEFT's files use."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def load_adapter(model: PeftModel, state: dict[str, Tensor]) -> None:
+    """Set the adapter's weights. Raises TrainerError BAD_CONFIG when they do not fit."""
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    if expected != {name: tensor.shape for name, tensor in state.items()}:
+        raise TrainerError(
+            "BAD_CONFIG",
+            "The adapter to start from has another shape than the one to train.",
+            "Use the loraRank and targetModules that it was trained with, on the same base model.",
+        )
+    set_peft_model_state_dict(model, state)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / WEIGHTS)
