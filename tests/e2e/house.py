@@ -182,14 +182,28 @@ class Client:
 
 def conversations(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Short made-up conversations, all different."""
-    words = "red green blue round square tall small quick slow warm cold bright dark old new".split()
+    words = (
+        "red",
+        "green",
+        "blue",
+        "round",
+        "square",
+        "tall",
+        "small",
+        "quick",
+        "slow",
+        "warm",
+        "cold",
+        "bright",
+        "old",
+    )
     for i in range(count):
         a, b, c = (words[(i * k + seed) % len(words)] for k in (3, 7, 11))
         yield {
             "conversation_id": f"c{seed}-{i}",
             "turns": [
                 {"role": "user", "content": f"Tell me about the {a} {b} thing number {i}."},
-                {"role": "assistant", "content": f"Thing number {i} is {a}, {b} and quite {c}. Its code is {i * 37 + seed}."},
+                {"role": "assistant", "content": f"Thing number {i} is {a}, {b} and quite {c}: {i * 37 + seed}."},
             ],
         }
 
@@ -202,10 +216,8 @@ RAY_TIMES = """
 import json, sys, ray
 from ray._private import state
 ray.init(address=sys.argv[1], namespace="brightrun", logging_level="ERROR", log_to_driver=False)
-rows = [
-    (a["Name"], int(a["StartTime"]), int(a["EndTime"])) for a in state.actors().values() if a["Name"].startswith(sys.argv[2])
-]
-print(json.dumps(rows))
+actors = [actor for actor in state.actors().values() if actor["Name"].startswith(sys.argv[2])]
+print(json.dumps([(actor["Name"], int(actor["StartTime"]), int(actor["EndTime"])) for actor in actors]))
 """
 
 
