@@ -116,8 +116,11 @@ async def judge(database: Database, dataset_id: str, report: dict[str, Any] | No
         )
         assert verdict is not None
         assert await transition(session, verdict, Status.INITIALIZING)
+        if report is not None:
+            await apply_verdict(session, verdict, report)
         assert await transition(session, verdict, Status.COMPLETED if report else Status.FAILED)
-        await apply_verdict(session, verdict, report)
+        if report is None:
+            await apply_verdict(session, verdict, None)
 
 
 async def ready_dataset(account: Account, database: Database, report: dict[str, Any] = SOUND) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from email.message import Message
 from typing import Any
@@ -9,15 +10,13 @@ from typing import Any
 from litestar import Controller, Response, get, put
 from litestar.params import FromPath
 from litestar.response import Stream
-from sqlalchemy import select
 
 from control_plane.api.context import AnyRequest, House, Installation
 from control_plane.auth import SIGNED_URL
 from control_plane.errors import Conflict, Forbidden, NotFound, PayloadTooLarge
 from control_plane.schemas.base import Ok, ok
+from control_plane.services import datasets
 from control_plane.storage import UrlSigner
-from control_plane.tables import Dataset
-from control_plane.tables.work import DatasetStatus
 
 
 class ObjectController(Controller):
@@ -33,7 +32,10 @@ class ObjectController(Controller):
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
         await _require_uploading(installation, dataset_id)
-        await installation.storage.put(key, _bounded(request, limit, installation, dataset_id))
+        digest = hashlib.sha256()
+        await installation.storage.put(key, _bounded(request, limit, installation, dataset_id, digest))
+        async with installation.database.write() as session:
+            await datasets.set_sha256(session, dataset_id, digest.hexdigest())
         return ok(None)
 
     @get("/{key:path}", guards=[SIGNED_URL])
@@ -58,7 +60,7 @@ def _verified(request: AnyRequest, key: str, installation: Installation) -> tupl
 
 
 async def _bounded(
-    request: AnyRequest, limit: int, installation: Installation, dataset_id: str
+    request: AnyRequest, limit: int, installation: Installation, dataset_id: str, digest: Any
 ) -> AsyncIterator[bytes]:
     """The body's chunks. What it raises undoes the upload, up to the last moment."""
     received = 0
@@ -67,16 +69,15 @@ async def _bounded(
         if received > limit:
             raise _too_large(limit)
         if chunk:
+            digest.update(chunk)
             yield chunk
     await _require_uploading(installation, dataset_id)
 
 
 async def _require_uploading(installation: Installation, dataset_id: str) -> None:
     async with installation.database.read() as session:
-        status = await session.scalar(
-            select(Dataset.status).where(Dataset.id == dataset_id, Dataset.deleted_at.is_(None))
-        )
-    if status is not DatasetStatus.UPLOADING:
+        uploading = await datasets.is_uploading(session, dataset_id)
+    if not uploading:
         raise Conflict("The dataset takes no file any more: create a new one")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from msgspec import UNSET
-from sqlalchemy import exists, or_, select
+from sqlalchemy import exists, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import Conflict
@@ -113,6 +113,18 @@ async def delete(session: AsyncSession, who: Principal, dataset_id: str) -> None
     await session.flush()
 
 
+async def is_uploading(session: AsyncSession, dataset_id: str) -> bool:
+    status = await session.scalar(select(Dataset.status).where(Dataset.id == dataset_id, Dataset.deleted_at.is_(None)))
+    return status is DatasetStatus.UPLOADING
+
+
+async def set_sha256(session: AsyncSession, dataset_id: str, sha256: str) -> None:
+    """Of the file as it was uploaded."""
+    await session.execute(
+        update(Dataset).where(Dataset.id == dataset_id, Dataset.status == DatasetStatus.UPLOADING).values(sha256=sha256)
+    )
+
+
 async def confirm(
     session: AsyncSession, team_id: str, dataset_id: str, size: int | None, catalog: Catalog
 ) -> tuple[Dataset, Verdict]:
@@ -174,7 +186,7 @@ async def findings(
 
 
 async def apply_verdict(session: AsyncSession, verdict: Verdict, report: dict[str, Any] | None) -> None:
-    """What a verdict that has ended means for its dataset; runs in the transaction that ends the verdict.
+    """What a verdict's report means for its dataset; runs in the transaction that records the report or the failure.
 
     ``report`` is the trainer's; None: the examination itself failed (``verdict.error_code``, ``error_message``).
     Only the verdict under the dataset's own base model moves the dataset.

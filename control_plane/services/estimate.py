@@ -183,7 +183,8 @@ async def measured_speeds(session: AsyncSession, gpu_type: str, base_model: str)
         .limit(50)
     )
     found: list[tuple[dict[str, Any] | None, int]] = [(result, count) for result, count in rows]
-    return [r["tokensPerS"] / count for r, count in found if r and r.get("tokensPerS")]
+    speeds = [(((result or {}).get("trained") or {}).get("tokensPerS"), count) for result, count in found]
+    return [speed / count for speed, count in speeds if speed]
 
 
 def _money(amounts: Sequence[int]) -> MoneyRange:

@@ -20,7 +20,7 @@ from control_plane.services.datasets import verdict_for
 from control_plane.services.estimate import Figures, estimate, measured_speeds, plan
 from control_plane.services.listing import Paging, paginate
 from control_plane.services.scope import Principal, get_owned, owned
-from control_plane.states import Status
+from control_plane.states import TERMINAL, Status
 from control_plane.tables import Dataset, ModelArtifact, PriceVersion, TrainingJob, Verdict, uuid7
 from control_plane.tables.work import DatasetStatus
 
@@ -111,13 +111,13 @@ def require_ready(dataset: Dataset, verdict: Verdict | None, model: BaseModelEnt
         raise Conflict(f"The dataset's upload is not confirmed: POST {here}/confirm")
     if verdict is None:
         raise Conflict(f"The dataset has no verdict for {model.id}: {judge}")
-    if verdict.status in (Status.FAILED, Status.CANCELLED):
-        raise Conflict(f"The dataset's examination for {model.id} failed ({verdict.error_message}): {judge}")
-    if verdict.status is not Status.COMPLETED:
-        raise Conflict(f"The dataset is being examined for {model.id}: wait for GET {here}")
-    if not verdict.passed:
+    if verdict.passed:
+        return verdict
+    if verdict.passed is not None:
         raise Conflict(f"The dataset has errors that must be mended first: GET {here}/errors")
-    return verdict
+    if verdict.status in TERMINAL:
+        raise Conflict(f"The dataset's examination for {model.id} failed ({verdict.error_message}): {judge}")
+    raise Conflict(f"The dataset is being examined for {model.id}: wait for GET {here}")
 
 
 async def _check_parent(
