@@ -154,32 +154,39 @@ def follow(client: Client, job_id: str) -> None:
 class Bar:
     """A live line on a terminal, a line now and then elsewhere."""
 
+    WIDTH = 30
+    FIGURES = (
+        ("trainingLoss", "loss {:.3f}"),
+        ("validationLoss", "validation {:.3f}"),
+        ("throughput", "{:.0f} tokens/s"),
+        ("currentCost", "${}"),
+        ("stage", "{}"),
+    )
+
     def __init__(self) -> None:
         self.live = sys.stdout.isatty()
-        self.seen: dict[str, Any] = {}
-        self.shown = -1
+        self.known: dict[str, Any] = {}
+        self.status = ""
+        self.tenth = -1
 
     def see(self, name: str, data: dict[str, Any]) -> None:
-        if name == "stage":
-            self._line(
-                f"   {data['status']}, {data['stage']}" + (f": {data['queueReason']}" if data["queueReason"] else "")
-            )
-            return
-        self.seen.update({k: v for k, v in data.items() if v is not None})
-        total = self.seen.get("totalSteps") or 0
-        step = self.seen.get("step") or 0
-        tenth = 10 * step // total if total else 0
-        if name == "progress" and total and (self.live or tenth > self.shown):
-            self.shown = tenth
-            filled = 30 * step // total
-            text = f"   [{'█' * filled}{'·' * (30 - filled)}] {step}/{total}"
-            for key, form in (("trainingLoss", "loss {:.3f}"), ("validationLoss", "validation {:.3f}"),
-                              ("throughput", "{:.0f} tokens/s"), ("currentCost", "${}")):  # fmt: skip
-                text += f"  {form.format(self.seen[key])}" if key in self.seen else ""
-            print(f"\r\x1b[2K{text}" if self.live else text, end="" if self.live else "\n", flush=True)
+        self.known.update({key: value for key, value in data.items() if value is not None})
+        status = ": ".join(filter(None, (data.get("status"), data.get("queueReason"))))
+        if name in ("stage", "complete") and status != self.status:
+            self.status = status
+            self._print(f"   {status}", stays=True)
+        step, total = self.known.get("step") or 0, self.known.get("totalSteps") or 0
+        if total and (self.live or (name == "progress" and 10 * step // total > self.tenth)):
+            self.tenth = 10 * step // total
+            self._print(self._text(step, total), stays=not self.live)
 
-    def _line(self, text: str) -> None:
-        print(f"\r\x1b[2K{text}" if self.live else text, flush=True)
+    def _text(self, step: int, total: int) -> str:
+        done = self.WIDTH * step // total
+        figures = [form.format(self.known[key]) for key, form in self.FIGURES if key in self.known]
+        return "  ".join([f"   [{'█' * done}{'·' * (self.WIDTH - done)}] {step}/{total}", *figures])
+
+    def _print(self, text: str, stays: bool) -> None:
+        print(f"\r\x1b[2K{text}" if self.live else text, end="\n" if stays else "", flush=True)
 
     def close(self) -> None:
         if self.live:
