@@ -139,6 +139,7 @@ class _Cutter:
     def __init__(self) -> None:
         self.text = b""
         self.start = self.scan = self.depth = 0
+        self.closed = False
         self.line = 1
         """Line of ``start``, where the current element begins."""
         self.dropped = self.dropped_lines = 0
@@ -147,7 +148,8 @@ class _Cutter:
     def feed(self, chunk: bytes) -> Iterator[Row]:
         self.text = self.text[self.start :] + chunk
         self.scan, self.start = self.scan - self.start, 0
-        while (match := _TOKEN.search(self.text, self.scan)) and match["open"] is None:
+        match = None
+        while not self.closed and (match := _TOKEN.search(self.text, self.scan)) and match["open"] is None:
             self.scan = match.end()
             token = match[0]
             if token in b"[{":
@@ -155,9 +157,10 @@ class _Cutter:
                 if self.depth == 1:
                     self._next()
             elif token in b"]}":
-                self.depth = max(0, self.depth - 1)
+                self.depth -= 1
                 if self.depth == 0:
                     yield from self._cut(match.start())
+                    self.closed, match = True, None
             elif token == b"," and self.depth == 1:
                 yield from self._cut(match.start())
         self.scan = match.start() if match else len(self.text)
@@ -166,9 +169,9 @@ class _Cutter:
 
     def finish(self) -> Iterator[Row]:
         """What is left after the last element: nothing, unless the array is cut short or followed by something."""
-        if rest := self.text[self.start :].strip():
-            yield Row(self.line, rest, len(rest))
-        elif self.depth:
+        self.scan = len(self.text)
+        yield from self._cut(self.scan)
+        if self.depth == 1:
             yield Row(self.line, b"[", 1)
 
     def _cut(self, end: int) -> Iterator[Row]:

@@ -25,7 +25,7 @@ tags: [lora, brightrun]
 
 # {name}
 
-A LoRA adapter of [{base}](https://huggingface.co/{base}) at revision `{revision}`, trained by BrightRun on
+A LoRA adapter of `{base}` at revision `{revision}`, trained by BrightRun on
 {conversations} conversations ({validation} held out for validation).
 
 | | before | after |

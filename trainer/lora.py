@@ -26,8 +26,6 @@ def add_adapter(model: nn.Module, base: BaseModel, hyperparameters: Hyperparamet
         use_rslora=h.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.id,
-        revision=base.revision,
     )
     suffixes = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if missing := sorted(set(h.target_modules) - suffixes):
@@ -38,7 +36,9 @@ def add_adapter(model: nn.Module, base: BaseModel, hyperparameters: Hyperparamet
             + ", ".join(sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})),
         )
     torch.manual_seed(h.seed)
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    config.base_model_name_or_path, config.revision = base.id, base.revision
+    return adapted
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
