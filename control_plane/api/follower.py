@@ -26,19 +26,25 @@ JOBS_PER_QUERY = 200
 class Watcher:
     """One stream's place in one job's events."""
 
-    def __init__(self, job_id: str, cursor: int) -> None:
+    def __init__(self, job_id: str, cursor: int, news: asyncio.Event) -> None:
         self.job_id = job_id
         self.cursor = cursor
         """The last seq that was put into ``events``."""
         self.events: asyncio.Queue[JobEvent] = asyncio.Queue(ROOM)
+        self._news = news
+        self._filled = False
 
     def offer(self, event: JobEvent) -> None:
         if event.seq == self.cursor + 1 and not self.events.full():
             self.events.put_nowait(event)
             self.cursor = event.seq
+            self._filled = self.events.full()
 
     async def next(self, timeout_s: float) -> JobEvent | None:
-        """The next event, or None when none came in time."""
+        """The next event, or None when none came in time. When all room was taken and is free again, more is asked."""
+        if self._filled and self.events.empty():
+            self._filled = False
+            self._news.set()
         with suppress(TimeoutError):
             return await asyncio.wait_for(self.events.get(), timeout_s)
         return None
@@ -57,7 +63,7 @@ class Follower:
     @asynccontextmanager
     async def watch(self, job_id: str, after: int) -> AsyncIterator[Watcher]:
         """Events with a seq above ``after``, in order, without a gap."""
-        watcher = Watcher(job_id, after)
+        watcher = Watcher(job_id, after, self._news)
         self._watchers.add(watcher)
         self._news.set()
         if self._task is None or self._task.done():
