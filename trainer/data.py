@@ -1,4 +1,4 @@
-"""Tokenised conversations on disk, and the batches of every step, which follow from (seed, step) alone."""
+"""Tokenised conversations on disk, and how some of them are packed into one forward pass."""
 
 from __future__ import annotations
 
@@ -94,32 +94,6 @@ def prepare(config: TrainConfig, chat: Chat, stop: StopRequest) -> Corpus:
         raise TrainerError("BAD_DATA", "No conversation is left to train on.", "Put some into the split train.")
     lines = digests.lines[validation[: config.sample_prompts]].tolist()
     return Corpus(Dataset.from_file(str(file)).with_format("numpy"), train, validation, _prompts(config, lines))
-
-
-class Schedule(NamedTuple):
-    """Which conversations a step trains on: each epoch visits all of them once, in an order of its own."""
-
-    train: np.ndarray
-    batch_size: int
-    seed: int
-    total_steps: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train) // self.batch_size)
-
-    def epoch(self, step: int) -> int:
-        """Epochs begun after ``step`` optimiser steps, from 1 (0 before the first)."""
-        return -(-step // self.steps_per_epoch)
-
-    def ends_epoch(self, step: int) -> bool:
-        return step % self.steps_per_epoch == 0
-
-    def batch(self, step: int) -> np.ndarray:
-        """Rows of the step that follows ``step`` finished ones."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
-        return self.train[order[place * self.batch_size : (place + 1) * self.batch_size]]
 
 
 def pack(documents: Dataset, rows: Sequence[int] | np.ndarray, budget: int) -> list[Packed]:

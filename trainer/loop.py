@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from trainer import checkpoint as saved
 from trainer.base import context_length, prepare_base, stop_ids
 from trainer.chat import Chat
 from trainer.checkpoint import Checkpoint, State
-from trainer.config import Hyperparameters, TrainConfig
+from trainer.config import TrainConfig
 from trainer.control import StopRequest
-from trainer.data import Corpus, Schedule, pack, prepare
+from trainer.data import Corpus, pack, prepare
 from trainer.errors import Stopped, TrainerError
 from trainer.evaluate import Score, samples, validation_loss
 from trainer.export import model_card, write_adapter
@@ -39,6 +38,7 @@ from trainer.protocol import (
 )
 from trainer.protocol import Checkpoint as CheckpointEvent
 from trainer.report import Report
+from trainer.schedule import Schedule
 
 ADAM_BETAS = (0.9, 0.999)
 
@@ -58,9 +58,9 @@ def train(config: TrainConfig, report: Report, stop: StopRequest, *, keep: int |
     while True:
         step = run.state.step
         try:
-            if run.due(step, run.hyperparameters.eval_steps) and run.state.evaluated < step:
+            if run.schedule.evaluates(step) and run.state.evaluated < step:
                 run.evaluate()
-            if step > 0 and run.due(step, run.hyperparameters.checkpoint_steps) and run.saved < step:
+            if run.schedule.saves(step) and run.saved < step:
                 run.checkpoint()
             if step == run.schedule.total_steps or run.has_converged():
                 break
@@ -86,8 +86,7 @@ class Run:
         self.base = prepare_base(config.base_model, config.cache_dir)
         self.chat = Chat(self.base, context_length(self.base, h.max_seq_length))
         self.corpus: Corpus = prepare(config, self.chat, stop)
-        total = h.num_epochs * -(-len(self.corpus.train) // h.batch_size)
-        self.schedule = Schedule(self.corpus.train, h.batch_size, h.seed, min(h.max_steps or total, total))
+        self.schedule = Schedule(self.corpus.train, h)
         stop.check()
         self.peft = add_adapter(load(self.base, self.device, h.precision), config.base_model, h)
         self.model = self.peft.get_base_model()
@@ -117,19 +116,13 @@ class Run:
             trainable_parameters=adapter,
         )
 
-    def due(self, step: int, every: int) -> bool:
-        """Every so many steps, or at each epoch's end (0); always at the start and at the end."""
-        regular = step % every == 0 if every else self.schedule.ends_epoch(step)
-        return regular or step == self.schedule.total_steps
-
     def has_converged(self) -> bool:
         patience = self.hyperparameters.early_stopping
         return patience is not None and self.state.stale >= patience
 
     def step(self) -> None:
         """One optimiser step on ``batch_size`` conversations; nothing of it remains if it is stopped half-way."""
-        h, step = self.hyperparameters, self.state.step
-        began = time.monotonic()
+        step, began = self.state.step, time.monotonic()
         self._phase("training")
         self.model.train()
         batch = pack(self.corpus.documents, self.schedule.batch(step), self.budget)
@@ -137,12 +130,12 @@ class Run:
         loss = torch.zeros((), device=self.device)
         for index, packed in enumerate(batch):
             self.stop.check()
-            torch.manual_seed(dropout_seed(h.seed, step, index))
+            torch.manual_seed(self.schedule.dropout_seed(step, index))
             part = negative_log_likelihood(self.model, packed.to(self.device)) / learned
             part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, h.max_grad_norm)
-        rate = learning_rate(h, step, self.schedule.total_steps)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.hyperparameters.max_grad_norm)
+        rate = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         training_loss, gradient_norm = loss.item(), norm.item()
@@ -260,21 +253,6 @@ class Run:
         load_adapter(self.peft, checkpoint.adapter)
         saved.restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.state, self.best, self.saved = checkpoint.state, checkpoint.best, checkpoint.state.step
-
-
-def learning_rate(h: Hyperparameters, step: int, total: int) -> float:
-    """Of the step that follows ``step`` finished ones of ``total``: a linear warm-up, then the chosen decline."""
-    warmup = math.ceil(h.warmup_ratio * total)
-    if step < warmup:
-        return h.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[h.lr_scheduler]
-    return h.learning_rate * share
-
-
-def dropout_seed(seed: int, step: int, index: int) -> int:
-    """Of one micro-batch."""
-    return int.from_bytes(blake2b(f"{seed}/{step}/{index}".encode(), digest_size=7).digest(), "big")
 
 
 def _check(config: TrainConfig) -> None:

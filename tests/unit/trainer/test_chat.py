@@ -37,7 +37,8 @@ THINKING = (
 )
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 BROKEN = "{% for m in messages %}{{ m.nothing.here }}{% endfor %}"
-ADDED = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<end_of_turn>", "<start_of_turn>", "<think>", "</think>"]  # fmt: skip
+ADDED = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<end_of_turn>", "<start_of_turn>"]
+ADDED += ["<think>", "</think>"]
 
 
 def talk(*texts: str, line: int = 1, weights: tuple[int, ...] | None = None) -> Conversation:

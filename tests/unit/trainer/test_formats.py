@@ -199,7 +199,7 @@ def test_array_elements_have_the_line_they_begin_on_and_a_broken_one_costs_only_
         ("", [(1, "", "NOT_JSON")]),
         (",\n", [(2, "", "NOT_JSON")]),
         ("] {}", [(1, "/turns", "MISSING_TURNS")]),
-        ("]]", []),
+        ("]]", [(1, "", "NOT_JSON")]),
         (f",\n{json.dumps(GOOD)[:-9]}", [(2, "", "NOT_JSON")]),
     ],
     ids=["open", "comma", "junk", "brackets", "torn"],
