@@ -81,7 +81,7 @@ def files(model: ModelArtifact, artifact: str) -> list[File]:
         raise Conflict(f"This model has no {artifact} export yet; the adapter's files are there as artifact=all")
     if artifact not in chosen:
         raise ValidationFailed.field("artifact", f"Choose one of: {', '.join([*chosen, *EXPORTS])}")
-    found = [file for file in everything if chosen[artifact](file.name)]
+    found = [file for file in everything if chosen[artifact](file.name.rpartition("/")[2])]
     if not found:
         raise NotFound(f"This model has no {artifact} file")
     return found

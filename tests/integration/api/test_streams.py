@@ -21,7 +21,7 @@ import pytest
 
 from control_plane.db import Database
 from control_plane.migrations import upgrade
-from control_plane.services.lifecycle import append_event, transition
+from control_plane.services.lifecycle import NewEvent, append_events, transition
 from control_plane.settings import Settings
 from control_plane.states import Status
 from control_plane.tables import Dataset, TrainingJob
@@ -125,8 +125,7 @@ async def collect(account: Account, job_id: str, query: str = "", **headers: str
 
 async def say(db: Database, job_id: str, count: int) -> None:
     async with db.write() as session:
-        for n in range(count):
-            await append_event(session, job_id, "progress", {"progress": n})
+        await append_events(session, job_id, [NewEvent("progress", {"progress": n}) for n in range(count)])
 
 
 async def move(db: Database, job_id: str, *targets: Status, **fields: Any) -> None:
