@@ -12,7 +12,7 @@ from control_plane.schemas.base import In, Money, Out, said
 from control_plane.tables import Team
 from control_plane.tables.accounts import Role, Scope, TeamRole, Tier
 
-Email = Annotated[str, said("Invalid email format", max_length=320, pattern=r"^[^@\s]+@[^@\s.]+(\.[^@\s.]+)+$")]
+Email = Annotated[str, said("Invalid email format", max_length=320, pattern=r"^[^@\s]+@[^@\s.]+(\.[^@\s.]+)+$(?!\n)")]
 Password = Annotated[str, said("Password must be at least 8 characters", min_length=8, max_length=1024)]
 PersonName = Annotated[str, said("Name must be at least 2 characters, at most 100", min_length=2, max_length=100)]
 Organization = Annotated[str, said("Organization must be at most 200 characters", max_length=200)]
