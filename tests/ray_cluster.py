@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from control_plane.settings import Settings
+from scheduler.cluster.head import leftovers, temp_dir
 
 
 @dataclass
@@ -51,3 +52,10 @@ def ray_cluster(*, cpu_slots: int = 1, io_slots: int = 2) -> Iterator[RayCluster
             process.wait(30)
             assert process.stdout
             process.stdout.close()
+        assert remains(data_dir) == []
+
+
+def remains(data_dir: Path) -> list[str]:
+    """Processes and the temporary folder of a Ray session of a data folder."""
+    folder = temp_dir(data_dir)
+    return [str(process) for process in leftovers(folder)] + [str(folder)] * folder.exists()

@@ -20,6 +20,8 @@ from scheduler.cluster.head import driver_env
 from scheduler.executor import AttemptGone, AttemptSpec, Batch, Liveness, Look, RankTimes, Unreachable
 
 T = TypeVar("T")
+GCS_AWAY_S = 30
+"""Ray ends this process when GCS has been away for so long, or has come back as another cluster."""
 CONNECT_S = 20.0
 LOOK_S = 5.0
 CALL_S = 5.0
@@ -153,7 +155,7 @@ class RayExecutor:
         host, _, port = self._address.rpartition(":")
         with closing(socket.create_connection((host, int(port)), timeout=2)):
             pass  # Ray itself would wait long for a GCS that is not there
-        os.environ.update(driver_env(self._token_file))
+        os.environ.update(driver_env(self._token_file), RAY_gcs_rpc_server_reconnect_timeout_s=str(GCS_AWAY_S))
         from scheduler.cluster import driver
 
         driver.connect(self._address)

@@ -126,8 +126,9 @@ def driver_env(token: Path) -> dict[str, str]:
     }
 
 
-def dashboard_ready(url: str, token: Path) -> bool:
-    request = urllib.request.Request(url + "/api/version", headers={"Authorization": f"Bearer {token.read_text()}"})
+def dashboard_ready(url: str, token: str) -> bool:
+    """Whether the dashboard answers to this token."""
+    request = urllib.request.Request(url + "/api/version", headers={"Authorization": f"Bearer {token}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=2) as answer:
@@ -191,7 +192,7 @@ class Head:
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Until GCS, raylet and dashboard answer. Raises RuntimeError when it dies or takes too long."""
         deadline = time.monotonic() + timeout_s
-        while not (self._started.is_set() and dashboard_ready(self.dashboard, self.token)):
+        while not (self._started.is_set() and dashboard_ready(self.dashboard, self.token.read_text())):
             if self.exit_code() is not None:
                 raise RuntimeError(f"Ray's head exited with code {self.exit_code()}; its output says why")
             if time.monotonic() > deadline:
@@ -199,7 +200,11 @@ class Head:
             time.sleep(0.1)
 
     def exit_code(self) -> int | None:
+        """None while it runs. Orphans that have died are reaped on the way."""
         assert self._process is not None
+        with contextlib.suppress(ChildProcessError):
+            while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid != self.pid:
+                os.waitpid(dead.si_pid, 0)
         return self._process.poll()
 
     def end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,10 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Outputs:
-    """One upload at a time, in order. ``emit`` hears ``stored``, ``adapter`` and a ``log`` for what was given up."""
+    """One upload at a time, in order; a folder that has been dealt with is removed.
+
+    ``emit`` hears ``stored``, ``adapter``, and a ``log`` for what was given up.
+    """
 
     def __init__(self, storage: Storage, prefix: str, emit: Emit) -> None:
         self._storage, self._prefix, self._emit = storage, prefix, emit
@@ -39,6 +43,7 @@ class Outputs:
         if len(checkpoints) > WAITING_CHECKPOINTS:
             given_up = next((checkpoint for checkpoint in checkpoints if not checkpoint.best), checkpoints[0])
             self._waiting = [entry for entry in self._waiting if entry[0] is not given_up]
+            shutil.rmtree(given_up.path, ignore_errors=True)
             self._warn(f"the checkpoint of step {given_up.step} was not stored: the object store is too slow")
         self._wake.set()
 
@@ -69,6 +74,7 @@ class Outputs:
                 self._warn(f"{Path(output.path).name} was not stored: {type(error).__name__}: {error}")
                 if isinstance(output, Adapter):
                     self.failed = f"the adapter could not be stored: {error}"
+            await asyncio.to_thread(shutil.rmtree, output.path, ignore_errors=True)
 
     async def _store_checkpoint(self, checkpoint: Checkpoint, usage: dict[str, int]) -> None:
         key = f"{self._prefix}/checkpoints/{Path(checkpoint.path).name}"

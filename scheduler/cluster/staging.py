@@ -24,9 +24,9 @@ class Torn(Exception):
     """A checkpoint in the store is not whole: a file or its manifest is missing or has another content."""
 
 
-async def retried(action: Callable[[], Awaitable[T]], pauses_s: tuple[float, ...] = RETRY_PAUSES_S) -> T:
+async def retried(action: Callable[[], Awaitable[T]]) -> T:
     """The action's result; a store that fails is asked again after pauses. A missing object is an answer."""
-    for pause_s in pauses_s:
+    for pause_s in RETRY_PAUSES_S:
         try:
             return await action()
         except (FileNotFoundError, Torn):

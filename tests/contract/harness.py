@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ import psutil
 from control_plane.states import Outcome, StopReason
 from control_plane.storage import Storage
 from scheduler.cluster.executor import RayExecutor
-from scheduler.executor import AttemptSpec, Batch, Demand, Ending, Executor, ResumePoint, Stage, UpEvent, Unreachable
+from scheduler.executor import AttemptSpec, Batch, Demand, Ending, Executor, ResumePoint, Stage, Unreachable, UpEvent
 from tests.fakes import FakeExecutor
 from tests.ray_cluster import RayCluster
 from trainer.protocol import USER_FAULTS
@@ -142,27 +143,32 @@ class RayHarness:
         self.work_root = folder / "work"
         self.executor = self._executor()
 
-    def _executor(self) -> RayExecutor:
+    def _executor(self, child_command: Sequence[str] = CHILD) -> RayExecutor:
         return RayExecutor(
             self.cluster.address,
             token_file=self.cluster.token_file,
             work_root=str(self.work_root),
-            child_command=CHILD,
+            child_command=child_command,
             grace_s=GRACE_S,
         )
 
     async def spec(self, script: Script, **changes: Any) -> AttemptSpec:
         return await make_spec(self.storage, self.url, str(self.work_root), script, **changes)
 
-    async def new_scheduler(self) -> None:
+    async def new_scheduler(self, child_command: Sequence[str] = CHILD) -> None:
         await self.executor.close()
-        self.executor = self._executor()
+        self.executor = self._executor(child_command)
 
     async def tear(self, point: ResumePoint) -> None:
         await self.storage.put(f"{point.key}/optimizer.bin", b"torn")
 
     def kill_child(self, name: str) -> None:
         self.child(name).kill()
+
+    def freeze_supervisor(self, name: str) -> psutil.Process:
+        supervisor = psutil.Process(self._pid(name))
+        supervisor.suspend()
+        return supervisor
 
     def kill_rank(self, name: str) -> None:
         psutil.Process(self._pid(f"{name}/r0")).kill()
@@ -235,37 +241,34 @@ class FakeHarness:
         attempt.on_stop = lambda reason: None
         for line in script:
             arguments = dict(line)
-            match arguments.pop("do"):
-                case "emit":
-                    self.fake.emit(name, arguments["event"])
-                case "sleep":
-                    await asyncio.sleep(arguments["s"])
-                case "train":
-                    if await self._train(name, **arguments):
-                        return
-                case "checkpoint":
-                    self.fake.store(name, arguments["step"])
-                case "adapter":
-                    files = {"adapter_config.json": {"key": f"{spec.artifact_prefix}/adapter/adapter_config.json"}}
-                    self.fake.emit(name, {"type": "adapter", "files": files, "best_step": arguments["step"]})
-                case "finish":
-                    self.fake.emit(name, {"type": "finished", "outcome": "completed", "step": arguments.get("step", 0)})
-                    return self.fake.end(name, Outcome.COMPLETED)
-                case "fail":
-                    code = arguments["code"]
-                    self.fake.emit(name, {"type": "failed", "code": code, "message": "it went wrong"})
-                    outcome = Outcome.FAILED if code in USER_FAULTS else Outcome.FAULT
-                    return self.fake.end(name, outcome, code=code, message="it went wrong do better", stack="stack")
-                case "exit":
-                    code = f"the trainer exited with code {arguments['code']} and no last event"
-                    return self._fault_here(name, "CHILD_EXITED", code)
-                case "hang":
-                    return await self._hang(name)
-                case verb:
-                    raise AssertionError(f"the fake cannot play {verb}")
+            await getattr(self, "_do_" + arguments.pop("do"))(name, **arguments)
+            if attempt.ending:
+                return
 
-    async def _train(self, name: str, steps: int, every_s: float = 0.02, checkpoint_every: int = 0) -> bool:
-        """Whether it was stopped."""
+    async def _do_emit(self, name: str, event: dict[str, Any]) -> None:
+        self.fake.emit(name, event)
+
+    async def _do_sleep(self, name: str, s: float) -> None:
+        await asyncio.sleep(s)
+
+    async def _do_adapter(self, name: str, step: int) -> None:
+        key = f"{self.fake.attempts[name].spec.artifact_prefix}/adapter/adapter_config.json"
+        self.fake.emit(name, {"type": "adapter", "files": {"adapter_config.json": {"key": key}}, "best_step": step})
+
+    async def _do_finish(self, name: str, step: int = 0) -> None:
+        self.fake.emit(name, {"type": "finished", "outcome": "completed", "step": step})
+        self.fake.end(name, Outcome.COMPLETED)
+
+    async def _do_fail(self, name: str, code: str) -> None:
+        self.fake.emit(name, {"type": "failed", "code": code, "message": "it went wrong"})
+        outcome = Outcome.FAILED if code in USER_FAULTS else Outcome.FAULT
+        self.fake.end(name, outcome, code=code, message="it went wrong do better", stack="stack")
+
+    async def _do_exit(self, name: str, code: int, stderr: str) -> None:
+        message = f"the trainer exited with code {code} and no last event"
+        self.fake.end(name, Outcome.FAULT, code="CHILD_EXITED", message=message, stack=stderr)
+
+    async def _do_train(self, name: str, steps: int, every_s: float = 0.02, checkpoint_every: int = 0) -> None:
         attempt = self.fake.attempts[name]
         self.fake.emit(name, {"type": "phase", "name": "training"})
         for step in range(1, steps + 1):
@@ -276,22 +279,18 @@ class FakeHarness:
                 self.fake.store(name, step)
                 reason: StopReason = attempt.stop_reason
                 self.fake.emit(name, {"type": "finished", "outcome": "stopped", "step": step, "reason": reason})
-                self.fake.end(name, Outcome.STOPPED)
-                return True
+                return self.fake.end(name, Outcome.STOPPED)
             if checkpoint_every and step % checkpoint_every == 0:
                 self.fake.store(name, step)
-        return False
 
-    async def _hang(self, name: str) -> None:
+    async def _do_hang(self, name: str) -> None:
         """As the supervisor's watch would end it."""
         attempt = self.fake.attempts[name]
         since = time.monotonic()
         while not attempt.stop_reason and time.monotonic() - since < attempt.spec.hang_floor_s:
             await asyncio.sleep(0.02)
+        code = "HUNG"
         if attempt.stop_reason:
             await asyncio.sleep(GRACE_S)
-            return self._fault_here(name, "UNRESPONSIVE", "asked to stop")
-        return self._fault_here(name, "HUNG", "no training step")
-
-    def _fault_here(self, name: str, code: str, message: str) -> None:
-        self.fake.end(name, Outcome.FAULT, code=code, message=message)
+            code = "UNRESPONSIVE"
+        self.fake.end(name, Outcome.FAULT, code=code)
