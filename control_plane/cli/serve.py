@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -19,13 +20,13 @@ def serve(host: str | None, port: int | None, data_dir: Path | None) -> None:
     """Run the API alone."""
     import uvicorn
 
-    from control_plane.app import create_app
-
     settings = Settings.from_env(host=host, port=port, data_dir=data_dir)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     make_secret(settings.data_dir)
+    os.environ.update(settings.to_env())
     uvicorn.run(
-        create_app(settings),
+        "control_plane.app:create_app",
+        factory=True,
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=GRACE_S,

@@ -16,6 +16,7 @@ from control_plane.schemas.base import Pagination
 from control_plane.schemas.costs import Alert, CostGroup, Summary
 from control_plane.services import budget
 from control_plane.services.accounts import audit
+from control_plane.services.alerts import THRESHOLDS, cost_alerts
 from control_plane.services.listing import Paging, paginate
 from control_plane.services.scope import Principal
 from control_plane.tables import CostRecord, Team, now
@@ -33,7 +34,6 @@ GROUPS: dict[str, Any] = {
     "user": CostRecord.created_by,
 }
 GroupBy = Literal["day", "type", "job", "user"]
-THRESHOLDS = (80, 100)
 LARGEST_BUDGET = Decimal(1_000_000_000)
 
 
@@ -124,6 +124,7 @@ async def set_budget(session: AsyncSession, who: Principal, amount: Decimal | No
     team.monthly_budget_microusd = limit
     audit(session, "set budget", "team", team.id, user_id=who.user_id, team_id=team.id)
     await session.flush()
+    await cost_alerts(session, team.id)
     return team
 
 

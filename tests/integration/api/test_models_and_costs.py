@@ -12,7 +12,7 @@ from control_plane.db import Database
 from control_plane.services import budget
 from control_plane.settings import Settings
 from control_plane.storage import Storage
-from control_plane.tables import CostRecord, ModelArtifact, Team, TrainingJob, now
+from control_plane.tables import CostRecord, Membership, ModelArtifact, Team, TrainingJob, now
 from control_plane.tables.money import CostType
 from tests.factories import Account, error_of, job_body, make_account, ready_dataset
 from tests.integration.api.conftest import Http
@@ -209,6 +209,21 @@ async def test_the_summary_of_the_month(ada: Account, db: Database) -> None:
     assert [a["threshold"] for a in summary["alerts"]] == [80]
     await spend(db, ada, 1_000_000)
     assert [a["threshold"] for a in (await ada.data("GET", "/api/costs/summary"))["alerts"]] == [80, 100]
+
+
+async def test_owners_are_told_once_of_each_threshold(ada: Account, bob: Account, db: Database) -> None:
+    team = await team_of(db, ada)
+    async with db.write() as session:
+        session.add(Membership(team_id=team.id, user_id=bob.user_id))
+    await spend(db, ada, 8_000_000)
+    for budget_usd in ("11", "10", "10", "8", "9"):
+        await ada.data("PUT", "/api/budget", {"monthlyBudget": budget_usd})
+    told = (await ada.data("GET", "/api/notifications?order=asc"))["notifications"]
+    assert [(n["type"], n["priority"], n["metadata"]["threshold"]) for n in told] == [
+        ("COST_ALERT", "HIGH", 80),
+        ("COST_ALERT", "CRITICAL", 100),
+    ]
+    assert (await bob.data("GET", "/api/notifications"))["notifications"] == []
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity", "much", 0, 1e30, [], "1e-9"])
