@@ -168,14 +168,16 @@ async def test_an_unknown_dataset_is_not_found(ada: Account) -> None:
 
 
 async def test_no_number_of_submissions_at_once_passes_the_budget(both: Http, database: Database) -> None:
+    """Each names a dataset of its own, so that only the team's row brings them together."""
     ada = await make_account(both)
-    dataset_id = await ready_dataset(ada, database)
+    datasets = [await ready_dataset(ada, database) for _ in range(8)]
+    dataset_id = datasets[0]
     estimate = (await ada.data("POST", "/api/jobs/estimate", job_body(dataset_id)))["estimate"]
     upper = micro(estimate["computeCost"]["p90"])
     budget = upper * 5 // 2
     await ada.data("PUT", "/api/budget", {"monthlyBudget": f"{budget / 1e6:.6f}"})
 
-    answers = await asyncio.gather(*(ada.call("POST", "/api/jobs", job_body(dataset_id)) for _ in range(8)))
+    answers = await asyncio.gather(*(ada.call("POST", "/api/jobs", job_body(d)) for d in datasets))
 
     assert sorted(a.status_code for a in answers) == [201, 201] + [402] * 6
     assert await holds(database) == [(HoldState.OPEN, upper)] * 2
