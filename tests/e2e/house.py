@@ -226,6 +226,7 @@ def held_ms_by_ray(house: House, job_id: str) -> dict[str, int]:
     env = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(house.data_dir / "ray_token"),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps 127.0.0.1 as it is given
     }
     address = house.answer["rayAddress"]
     done = subprocess.run(

@@ -11,16 +11,16 @@ import pytest
 from tests.e2e.conftest import TINY
 from tests.e2e.house import Client, House, conversations, held_ms_by_ray, jsonl, wait_for
 
-STEPS = 60
+STEPS = 40
 RECIPE = {
     "baseModel": TINY,
     "presetId": "balanced",
     "gpuConfig": {"type": "cpu", "count": 1},
     "hyperparameters": {
-        "batchSize": 16,
+        "batchSize": 4,
         "maxSteps": STEPS,
         "numEpochs": 20,
-        "checkpointSteps": 10,
+        "checkpointSteps": 5,
         "evalSteps": 20,
         "learningRate": 0.001,
     },
