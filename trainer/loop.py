@@ -170,7 +170,7 @@ class Run:
             self._phase("evaluating")
             score = validation_loss(self.model, self.corpus, self.budget, self.device, self.stop)
             if step == 0:
-                answers = self._answers("before")
+                answers = self._answers("before", self.stop)
                 state.before = {"loss": score.loss, "perplexity": score.perplexity, "samples": answers}
             state.validation_loss = score.loss
             best = step > 0 and (state.best_loss is None or score.loss < state.best_loss)
@@ -213,7 +213,7 @@ class Run:
             saved.prune(folder, self.keep)
 
     def finish(self) -> Finished:
-        """Take the best weights, let them answer, write the adapter."""
+        """Take the best weights, let them answer, write the adapter. A stop request comes too late for this."""
         state = self.state
         weights = self.best or adapter_state(self.peft)
         load_adapter(self.peft, weights)
@@ -228,7 +228,7 @@ class Run:
             "tokens": state.tokens,
             "tokensPerS": round(state.tokens / state.training_s, 2) if state.training_s else 0.0,
             "before": state.before,
-            "after": {**after, "samples": self._answers("after")},
+            "after": {**after, "samples": self._answers("after", StopRequest())},
         }
         self._phase("saving")
         card = model_card(self.config, result, plan=self.plan(), steps=state.step)
@@ -237,8 +237,8 @@ class Run:
         self.report(Adapter(path=str(folder), size=size, best_step=result["bestStep"]))
         return Finished(outcome="completed", step=state.step, result=result)
 
-    def _answers(self, when: Literal["before", "after"]) -> list[dict[str, Any]]:
-        answers = samples(self.model, self.chat, self.corpus, stop_ids(self.base), self.device, self.stop)
+    def _answers(self, when: Literal["before", "after"], stop: StopRequest) -> list[dict[str, Any]]:
+        answers = samples(self.model, self.chat, self.corpus, stop_ids(self.base), self.device, stop)
         for given in answers:
             self.report(Sample(when=when, **given))
         return answers

@@ -48,12 +48,12 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """A copy of the adapter's weights on the CPU, by the names that PEFT's files use."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model).items()}
 
 
 def load_adapter(model: PeftModel, state: dict[str, Tensor]) -> None:
     """Set the adapter's weights. Raises TrainerError BAD_CONFIG when they do not fit."""
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    expected = {name: tensor.shape for name, tensor in _tensors(model).items()}
     if expected != {name: tensor.shape for name, tensor in state.items()}:
         raise TrainerError(
             "BAD_CONFIG",
@@ -65,3 +65,8 @@ def load_adapter(model: PeftModel, state: dict[str, Tensor]) -> None:
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS)
+
+
+def _tensors(model: PeftModel) -> dict[str, Tensor]:
+    # "auto" would ask the hub for the base model's vocabulary
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))

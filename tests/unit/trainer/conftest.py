@@ -13,7 +13,8 @@ from tests.tiny_model import make_tiny_model
 from trainer.config import BaseModel, BaseModelSource, Hyperparameters, TrainConfig, VerdictConfig
 from trainer.protocol import Event
 
-WORDS = tuple(["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "why", "how", "because", "blue", "red", "seven", "happy", "slow", "river"])
+TEXT = "the a cat dog sat ran on under mat tree and why how because blue red seven happy slow river"
+WORDS = TEXT.split()
 
 
 class Recorder:
