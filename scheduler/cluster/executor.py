@@ -155,7 +155,7 @@ class RayExecutor:
         host, _, port = self._address.rpartition(":")
         with closing(socket.create_connection((host, int(port)), timeout=2)):
             pass  # Ray itself would wait long for a GCS that is not there
-        os.environ.update(driver_env(self._token_file), RAY_gcs_rpc_server_reconnect_timeout_s=str(GCS_AWAY_S))
+        os.environ.update(driver_env(self._token_file, host), RAY_gcs_rpc_server_reconnect_timeout_s=str(GCS_AWAY_S))
         from scheduler.cluster import driver
 
         driver.connect(self._address)

@@ -105,10 +105,14 @@ def head_command(ports: Ports, folder: Path, resources: dict[str, float], *, num
 
 
 def head_env(token: Path, ports: Ports) -> dict[str, str]:
-    """Environment of every Ray process: token authentication, no accelerator visible to actors that asked for none."""
+    """Environment of every Ray process: token authentication, no accelerator visible to actors that asked for none.
+
+    Ranks get the object store's credentials from here (``AWS_*``) and all else with their attempt, so no setting of
+    the installation (a database URL, say) is passed.
+    """
     return {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        **driver_env(token),
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "BRIGHTRUN_"))},
+        **driver_env(token, HOST),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "RAY_maximum_gcs_destroyed_actor_cached_count": "5000",
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
@@ -116,13 +120,14 @@ def head_env(token: Path, ports: Ports) -> dict[str, str]:
     }
 
 
-def driver_env(token: Path) -> dict[str, str]:
-    """What a driver needs beside the address; to be set before ``import ray``."""
+def driver_env(token: Path, host: str) -> dict[str, str]:
+    """What a driver of the cluster at ``host`` needs; to be set before ``import ray``."""
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's only way to keep 127.0.0.1 as it is given
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's only way to keep 127.0.0.1 as it is given
+        **(loopback if host == HOST else {}),
     }
 
 

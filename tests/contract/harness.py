@@ -170,8 +170,8 @@ class RayHarness:
         supervisor.suspend()
         return supervisor
 
-    def kill_rank(self, name: str) -> None:
-        psutil.Process(self._pid(f"{name}/r0")).kill()
+    def kill_rank(self, name: str, rank: int = 0) -> None:
+        psutil.Process(self._pid(f"{name}/r{rank}")).kill()
 
     def kill_supervisor(self, name: str) -> None:
         psutil.Process(self._pid(name)).kill()

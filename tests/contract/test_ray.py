@@ -208,6 +208,26 @@ async def test_a_missing_input_is_named(harness: RayHarness) -> None:
     assert "datasets/none" in follower.batch.ending.message
 
 
+async def test_a_gang_lives_and_dies_together(harness: RayHarness) -> None:
+    spec = await harness.spec([{"do": "report_surroundings"}, *FOREVER], demand=Demand({"slot_io": 1}, ranks=2))
+    await harness.executor.start(spec)
+    follower = Follower(harness.executor, spec.name)
+    await follower.until("metrics", 5)
+
+    (started,) = follower.of("started")
+    (log,) = follower.of("log")
+    world = log["metadata"]["config"]["world"]
+    assert started["ranks"] == world["size"] == 2
+    assert world["init_method"].startswith("tcp://127.0.0.1:")
+    harness.kill_rank(spec.name, rank=1)
+    ending = await follower.to_the_end()
+
+    assert (ending.outcome, ending.code) == (Outcome.FAULT, "RANK_DIED")
+    assert [(times.rank, times.end_ms > times.start_ms) for times in ending.times] == [(0, True), (1, True)]
+    assert follower.batch is not None
+    assert set(follower.batch.usage) == {"0", "1"}
+
+
 async def test_no_cluster_is_unreachable_at_once(tmp_path: Path) -> None:
     executor = RayExecutor("127.0.0.1:1", token_file=tmp_path / "token", work_root=str(tmp_path))
     began = time.monotonic()

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scheduler.cluster import head
 
 
@@ -33,12 +35,14 @@ def test_ports_are_free_and_differ() -> None:
     assert len(set(numbers)) == 5
 
 
-def test_the_environment_carries_no_ray_setting_from_outside(tmp_path: Path, monkeypatch) -> None:
+def test_the_environment_carries_no_setting_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIGHTRUN_DATABASE_URL", "postgresql://user:password@host/db")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "leaked")
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
 
     env = head.head_env(head.token_file(tmp_path), head.Ports.free())
 
+    assert "BRIGHTRUN_DATABASE_URL" not in env
     assert "RAY_AUTH_TOKEN" not in env
     assert "RAY_ADDRESS" not in env
     assert env["RAY_AUTH_MODE"] == "token"
