@@ -8,12 +8,13 @@ from email.message import Message
 from typing import Any
 
 from litestar import Controller, Response, get, put
+from litestar.exceptions import InternalServerException
 from litestar.params import FromPath
 from litestar.response import Stream
 
 from control_plane.api.context import AnyRequest, House, Installation
 from control_plane.auth import SIGNED_URL
-from control_plane.errors import Conflict, Forbidden, NotFound, PayloadTooLarge
+from control_plane.errors import Conflict, Forbidden, NotFound, PayloadTooLarge, ValidationFailed
 from control_plane.schemas.base import Ok, ok
 from control_plane.services import datasets
 from control_plane.storage import UrlSigner
@@ -64,13 +65,16 @@ async def _bounded(
 ) -> AsyncIterator[bytes]:
     """The body's chunks. What it raises undoes the upload, up to the last moment."""
     received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > limit:
-            raise _too_large(limit)
-        if chunk:
-            digest.update(chunk)
-            yield chunk
+    try:
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > limit:
+                raise _too_large(limit)
+            if chunk:
+                digest.update(chunk)
+                yield chunk
+    except InternalServerException as error:
+        raise ValidationFailed("The upload was cut short") from error
     await _require_uploading(installation, dataset_id)
 
 

@@ -90,10 +90,9 @@ class DatasetOut(Out):
     error_message: str | None
     created_at: datetime
     updated_at: datetime
-    sample_data: list[Any] | None = None
-    """Only with the single dataset."""
-    verdicts: list[VerdictOut] | None = None
-    """Only with the single dataset."""
+    sample_data: list[Any] | None
+    verdicts: list[VerdictOut] | None
+    """Findings, sample and verdicts come only with the single dataset; null in lists."""
 
     @classmethod
     def whole(cls, dataset: Dataset, verdicts: Sequence[Verdict]) -> DatasetOut:
@@ -101,7 +100,7 @@ class DatasetOut(Out):
 
     @classmethod
     def brief(cls, dataset: Dataset) -> DatasetOut:
-        return cls.of(dataset, sample_data=None, verdicts=None)
+        return cls.of(dataset, validation_errors=None, sample_data=None, verdicts=None)
 
 
 class DatasetData(Out):

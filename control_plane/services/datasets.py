@@ -9,7 +9,7 @@ from msgspec import UNSET
 from sqlalchemy import exists, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from control_plane.errors import Conflict
+from control_plane.errors import Conflict, PayloadTooLarge
 from control_plane.schemas.base import Pagination
 from control_plane.schemas.datasets import ChangeDataset, CreateDataset
 from control_plane.services.accounts import audit
@@ -128,7 +128,7 @@ async def set_sha256(session: AsyncSession, dataset_id: str, sha256: str) -> Non
 async def confirm(
     session: AsyncSession, team_id: str, dataset_id: str, size: int | None, catalog: Catalog
 ) -> tuple[Dataset, Verdict]:
-    """The file is there (``size`` bytes): its examination is queued. Raises Conflict."""
+    """The file is there (``size`` bytes): its examination is queued. Raises Conflict, PayloadTooLarge."""
     dataset = await get_owned(session, Dataset, team_id, dataset_id, lock=True)
     if dataset.status is not DatasetStatus.UPLOADING:
         raise Conflict(f"The dataset is {dataset.status}: its upload was confirmed before")
@@ -136,6 +136,8 @@ async def confirm(
         raise Conflict("Nothing was uploaded: PUT the file to the uploadUrl that POST /api/datasets answered")
     if size == 0:
         raise Conflict("The uploaded file is empty: PUT it again")
+    if size > dataset.file_size:
+        raise PayloadTooLarge(f"The file has {size} bytes, more than the declared fileSize of {dataset.file_size}")
     dataset.file_size = size
     dataset.uploaded_at = now()
     return dataset, await _queue_verdict(session, dataset, catalog.base_model(dataset.base_model), catalog)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -98,3 +99,13 @@ async def both(tmp_path: Path, database_url: str) -> AsyncIterator[Http]:
     """An API on each of the supported databases."""
     async with client_of(create_app(make_settings(tmp_path / "data", database_url))) as http:
         yield http
+
+
+@pytest.fixture(scope="module")
+async def somebody(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> AsyncIterator[Account]:
+    """An account on an API that a module's tests share: for requests that are refused and so change nothing."""
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copyfile(sqlite_template, folder / "shared.sqlite3")
+    settings = make_settings(folder / "data", f"sqlite+aiosqlite:///{folder}/shared.sqlite3")
+    async with client_of(create_app(settings)) as http:
+        yield await make_account(http)

@@ -74,8 +74,8 @@ async def test_an_email_is_taken_whatever_its_case(ada: Account, http: Http) -> 
         ({"email": "grace@example.com", "name": "Grace"}, "password"),
     ],
 )
-async def test_bad_signups_name_the_field(http: Http, body: dict[str, object], field: str) -> None:
-    error = error_of(await http.post("/api/auth/signup", json=body), 400, "VALIDATION_ERROR")
+async def test_bad_signups_name_the_field(somebody: Account, body: dict[str, object], field: str) -> None:
+    error = error_of(await somebody.http.post("/api/auth/signup", json=body), 400, "VALIDATION_ERROR")
     assert error["message"] == "Invalid input data"
     assert error["fields"].keys() == {field}
 
@@ -224,8 +224,8 @@ async def test_a_revoked_or_expired_or_altered_key_is_nothing(ada: Account, http
         {"name": "k", "scopes": ["read"], "expiresAt": "2999-01-01T00:00:00"},
     ],
 )
-async def test_bad_keys(ada: Account, body: dict[str, object]) -> None:
-    error_of(await ada.call("POST", "/api/keys", body), 400, "VALIDATION_ERROR")
+async def test_bad_keys(somebody: Account, body: dict[str, object]) -> None:
+    error_of(await somebody.call("POST", "/api/keys", body), 400, "VALIDATION_ERROR")
 
 
 async def join(db: Database, team_of: Account, member: Account) -> str:

@@ -121,8 +121,8 @@ async def test_applying_a_verdict_twice_tells_once(ada: Account, db: Database) -
         ({"surprise": 1}, "surprise"),
     ],
 )
-async def test_bad_announcements_name_the_field(ada: Account, change: dict[str, object], field: str) -> None:
-    error = error_of(await ada.call("POST", "/api/datasets", NEW | change), 400, "VALIDATION_ERROR")
+async def test_bad_announcements_name_the_field(somebody: Account, change: dict[str, object], field: str) -> None:
+    error = error_of(await somebody.call("POST", "/api/datasets", NEW | change), 400, "VALIDATION_ERROR")
     assert error["fields"].keys() == {field}
 
 

@@ -87,9 +87,9 @@ async def holds(db: Database) -> list[tuple[HoldState, int]]:
         ({"hyperparameters": {"targetModules": []}}, {"hyperparameters.targetModules"}),
     ],
 )
-async def test_every_bad_field_is_named(ada: Account, change: dict[str, Any], fields: set[str]) -> None:
+async def test_every_bad_field_is_named(somebody: Account, change: dict[str, Any], fields: set[str]) -> None:
     for path in ("/api/jobs", "/api/jobs/estimate"):
-        error = error_of(await ada.call("POST", path, job_body("any") | change), 400, "VALIDATION_ERROR")
+        error = error_of(await somebody.call("POST", path, job_body("any") | change), 400, "VALIDATION_ERROR")
         assert error["fields"].keys() == fields
         assert all(messages and all(messages) for messages in error["fields"].values())
 

@@ -222,6 +222,23 @@ async def test_a_large_upload_stays_out_of_memory(ada: Account, db: Database, se
     assert (server.settings.data_dir / "objects" / key).stat().st_size == size
 
 
+async def test_an_upload_that_is_cut_short_leaves_nothing(ada: Account, server: Server) -> None:
+    made = await ada.data("POST", "/api/datasets", {"name": "cut", "fileName": "c.jsonl", "fileSize": 10_000_000})
+    target = made["uploadUrl"].removeprefix(server.settings.public_url)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.settings.port)
+    writer.write(f"PUT {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n".encode() + b"x" * 6_000_000)
+    await writer.drain()
+    await asyncio.sleep(0.3)
+    writer.close()
+    await writer.wait_closed()
+    await asyncio.sleep(0.3)
+
+    error_of(await ada.call("POST", f"/api/datasets/{made['datasetId']}/confirm", {}), 409, "CONFLICT")
+    objects = server.settings.data_dir / "objects"
+    assert await asyncio.to_thread(lambda: list(objects.rglob(f"{made['datasetId']}/*"))) == []
+    assert "Traceback" not in await asyncio.to_thread(server.said)
+
+
 async def test_sigterm_ends_it_soon_even_with_an_open_stream(ada: Account, job_id: str, server: Server) -> None:
     async with aclosing(follow(ada, job_id)) as events:
         await anext(events)
