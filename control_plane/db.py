@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,7 +23,9 @@ class Database:
 
     def __init__(self, url: str) -> None:
         sqlite = url.startswith("sqlite")
-        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if sqlite:
+            options = {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": _SqliteConnection}}
         self.engine = create_async_engine(url, **options)
         if sqlite:
             event.listen(self.engine.sync_engine, "connect", _sqlite_connect)
@@ -44,6 +48,25 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+class _SqliteConnection(sqlite3.Connection):
+    """Closes completely. SQLite keeps a closed connection's locks while a statement of it is half read, and a cancelled
+    task leaves such statements behind until they are collected."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor = super().cursor(*args, **kwargs)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        for cursor in list(self._cursors):
+            cursor.close()
+        super().close()
 
 
 def _sqlite_connect(connection: Any, _record: Any) -> None:

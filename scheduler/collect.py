@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
@@ -29,6 +30,8 @@ POLL_S = 1.0
 ANSWER_S = 15.0
 """A supervisor that takes longer to answer is asked again."""
 FULL_BATCH = 500
+MAX_FAILURES = 6
+"""Tries to store a batch that the database, although there, does not take; then the attempt is given up."""
 LONGEST_PAUSE_S = 15.0
 ENDS_KNOWN_S = 5.0
 """How long to wait for Ray to record the ends of ranks that are gone."""
@@ -76,6 +79,9 @@ class Collector:
         following = self._tasks.get(attempt_id)
         if following is not None:
             following.cancel()
+        await self._end_as_fault(attempt_id, name, code, message)
+
+    async def _end_as_fault(self, attempt_id: str, name: str, code: str, message: str) -> None:
         times = await self._times(name, [])
         ending = Ending("FAULT", code, message, times=times)
         async with self._lease.write() as session:
@@ -88,7 +94,7 @@ class Collector:
     async def _follow(self, attempt_id: str, name: str) -> None:
         place: _Place | None = None
         failures = 0
-        while True:
+        while failures < MAX_FAILURES:
             try:
                 place = place or await self._begin(attempt_id)
                 if place.ended:
@@ -101,11 +107,13 @@ class Collector:
                 raise LeaseLost from error
             except (AttemptGone, Unreachable, TimeoutError):
                 await asyncio.sleep(POLL_S)  # whether it is dead is for the look to tell
-            except Exception:
+            except Exception as error:
                 log.exception("events of %s could not be stored", name)
                 place = None
-                failures += 1
+                if not _database_is_away(error):
+                    failures += 1
                 await asyncio.sleep(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
+        await self._end_as_fault(attempt_id, name, "EVENTS_REFUSED", "What the attempt told could not be stored")
 
     async def _poll(self, name: str, place: _Place) -> Batch:
         return await self._executor.poll(name, place.cursor, epoch=self._lease.epoch, allowance_ms=place.allowance_ms)
@@ -159,6 +167,12 @@ class Collector:
                 break
             await asyncio.sleep(0.1)
         return times
+
+
+def _database_is_away(error: Exception) -> bool:
+    return isinstance(error, OSError | OperationalError | InterfaceError) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    )
 
 
 def _held_back(batch: Batch) -> Batch:

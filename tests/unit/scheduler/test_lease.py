@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import time
 
@@ -69,21 +68,16 @@ async def test_an_orderly_end_hands_over_at_once(database: Database) -> None:
 
 
 async def test_a_killed_scheduler_of_this_host_is_superseded_at_once(database: Database) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", "from scheduler.lease import this_process as t; import time; print(t(), flush=True); "
-         "time.sleep(60)"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    program = "from scheduler.lease import this_process as t; import time; print(t(), flush=True); time.sleep(60)"
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     assert child.stdout is not None
-    holder = child.stdout.readline().strip()
+    holder = (await child.stdout.readline()).decode().strip()
     first, second = Lease(database, 60, holder), Lease(database, 60)
     assert await first.try_acquire()
     assert not await second.try_acquire()
     child.kill()
-    assert is_gone(holder) or child.wait(5)
-    child.wait(5)
+    await child.wait()
     assert await second.try_acquire()
-    child.stdout.close()
 
 
 def test_a_pid_that_another_process_has_now_is_gone() -> None:
