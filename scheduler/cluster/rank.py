@@ -40,8 +40,8 @@ from trainer.protocol import (
 UNREAD_EVENTS = 5_000
 """With more than these unread the child is no longer listened to: it waits in its next write."""
 
-LAST_WORD_PATIENCE_S = 20.0
-"""How long a child may take to exit after its last event."""
+LAST_WORD_PATIENCE_S = 0.25
+"""How long a child may take to exit after its last event; all it has to give is on disk by then."""
 
 
 class Report(msgspec.Struct):
