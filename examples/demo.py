@@ -1,9 +1,7 @@
 """From real conversations to a trained adapter, through every part of BrightRun, over HTTP only.
 
-make demo                        # or: python -m examples.demo
-DEMO_REPORT=report.json make demo    the figures as JSON
-KEEP=1 make demo                     leave it running to look around
-DEMO_STEPS=4 DEMO_CONVERSATIONS=60   a smaller run
+``make demo``, with these variables if wanted: ``KEEP=1`` leaves it running to look around, ``DEMO_REPORT=file`` gets the
+figures as JSON, ``DEMO_OUTPUT=folder`` the adapter; ``DEMO_STEPS=4 DEMO_CONVERSATIONS=60`` make a smaller run.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from examples.chitchat import conversations
 from examples.client import Client, Refused, microusd
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = ROOT / "demo-output"
+OUTPUT = Path(os.environ.get("DEMO_OUTPUT", ROOT / "demo-output"))
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = int(os.environ.get("DEMO_STEPS", "40"))
