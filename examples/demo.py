@@ -1,7 +1,7 @@
 """From real conversations to a trained adapter, through every part of BrightRun, over HTTP only.
 
-``make demo``, with these variables if wanted: ``KEEP=1`` leaves it running to look around, ``DEMO_REPORT=file`` gets the
-figures as JSON, ``DEMO_OUTPUT=folder`` the adapter; ``DEMO_STEPS=4 DEMO_CONVERSATIONS=60`` make a smaller run.
+``make demo``, with these variables if wanted: ``KEEP=1`` leaves it running to look around, ``DEMO_REPORT=file`` gets
+the figures as JSON, ``DEMO_OUTPUT=folder`` the adapter; ``DEMO_STEPS=4 DEMO_CONVERSATIONS=60`` make a smaller run.
 """
 
 from __future__ import annotations
