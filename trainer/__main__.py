@@ -35,13 +35,16 @@ def main(arguments: list[str]) -> int:
     try:
         config = _load(Path(paths[0]))
         _environment(config)
-        report(_run(config, report, stop, supervised=len(paths) < len(arguments)))
+        finished = _run(config, report, stop, supervised=len(paths) < len(arguments))
+        stop.exit_code = 0
+        report(finished)
     except BrokenPipeError:
         return control.ORPHANED
     except Exception as error:
         traceback.print_exc()
         reason = explain(error)
         stack = traceback.format_exc()[-MAX_STACK:]
+        stop.exit_code = 1
         report(Failed(code=reason.code, message=reason.message, advice=reason.advice, stack=stack))
         return 1
     return 0

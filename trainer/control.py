@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -22,6 +21,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: StopReason | None = None
+        self.exit_code = ORPHANED
+        """What the process ends with if standard input ends now."""
 
     def ask(self, reason: StopReason) -> None:
         self.reason = self.reason or reason
@@ -41,13 +42,15 @@ def supervised() -> StopRequest:
 
 
 def _listen(request: StopRequest) -> None:
-    decoder = msgspec.json.Decoder(Control)
+    decoder, held = msgspec.json.Decoder(Control), b""
     try:
-        for line in sys.stdin.buffer:
-            if line.strip():
+        # not sys.stdin: its lock, held while reading, would abort the interpreter's orderly end
+        while data := os.read(0, 65536):
+            *lines, held = (held + data).split(b"\n")
+            for line in filter(None, lines):
                 request.ask(decoder.decode(line).reason)
     finally:
-        os._exit(ORPHANED)
+        os._exit(request.exit_code)
 
 
 def from_shell() -> StopRequest:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,8 +38,29 @@ def add_adapter(model: nn.Module, base: BaseModel, hyperparameters: Hyperparamet
         )
     torch.manual_seed(h.seed)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if h.lora_dropout > 0 and next(model.parameters()).device.type == "cpu":
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_dropout["default"] = Dropout(h.lora_dropout)
     config.base_model_name_or_path, config.revision = base.id, base.revision
     return adapted
+
+
+class Dropout(nn.Module):
+    """Inverted dropout from 16 random bits an element: on a CPU well over twice as fast as torch's."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        dropped = round(rate * 2**16)
+        self.threshold = dropped - 2**15
+        self.scale = 2**16 / (2**16 - dropped)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= self.threshold
+        return x * kept.to(x.dtype).mul_(self.scale)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
