@@ -9,7 +9,7 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.money import usd
-from control_plane.services import artifacts, datasets
+from control_plane.services import alerts, artifacts, datasets
 from control_plane.services.lifecycle import append_event, stronger, transition
 from control_plane.services.notifications import notify
 from control_plane.states import (
@@ -113,11 +113,13 @@ def _moment(ms: float) -> datetime:
 
 
 async def tell_cost(session: AsyncSession, job: TrainingJob) -> None:
+    """After each posting: the stream's ``cost`` event, and the budget's alerts."""
     payload = {
         "currentCost": usd(job.current_cost_microusd),
         "estimatedTotalCost": usd(job.estimated_total_cost_microusd),
     }
     await append_event(session, job.id, "cost", payload)
+    await alerts.cost_alerts(session, job.team_id)
 
 
 async def _complete(session: AsyncSession, work: AnyWork, attempt: Attempt) -> None:

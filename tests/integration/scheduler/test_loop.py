@@ -606,6 +606,8 @@ async def test_the_allowance_follows_the_use_and_the_budget(house: House) -> Non
         job = await house.until_job(job_id, "PAUSED")
     assert job.paused_by is StopReason.BUDGET
     assert job.current_cost_microusd == 1_100
+    alerts = await rows(house, Notification, Notification.type == "COST_ALERT")
+    assert sorted((alert.details or {})["threshold"] for alert in alerts) == [80, 100]
     await in_order(house)
 
 
