@@ -70,6 +70,8 @@ def installation(folder: Path) -> Iterator[dict[str, Any]]:
             raise Refused("BrightRun did not start; what it said stands above")
         yield json.loads(line)
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: up.terminate())  # asked once more, it ends at once
         up.terminate()
         up.wait()
 
