@@ -64,6 +64,7 @@ def _environment(config: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if config.threads > 1 else "false")
     os.environ.setdefault("HF_HOME", str(Path(config.cache_dir) / "huggingface"))
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     for folder in (config.work_dir, config.cache_dir):
         Path(folder).mkdir(parents=True, exist_ok=True)
 

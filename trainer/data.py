@@ -39,6 +39,9 @@ class Corpus(NamedTuple):
     train: np.ndarray
     validation: np.ndarray
     prompts: list[Prompt]
+    cut: int
+    """Conversations that were longer than ``max_seq_length``, and the tokens cut from their ends."""
+    cut_tokens: int
 
 
 class Packed(NamedTuple):
@@ -78,6 +81,7 @@ def prepare(config: TrainConfig, chat: Chat, stop: StopRequest) -> Corpus:
     """
     file = Path(config.work_dir) / "documents.arrow"
     digests = Digests()
+    cut = cut_tokens = 0
     with ArrowWriter(features=_FEATURES, path=str(file)) as writer:
         for rows in _chunks(_rows(config)):
             stop.check()
@@ -87,13 +91,16 @@ def prepare(config: TrainConfig, chat: Chat, stop: StopRequest) -> Corpus:
                     raise _refused([document])
                 writer.write({"ids": document.ids, "learned": document.learned})
                 digests.add(conversation.digest(), conversation.line, conversation.split)
+                cut += document.length > len(document.ids)
+                cut_tokens += document.length - len(document.ids)
         writer.finalize()
     held_out = digests.validation(config.hyperparameters.validation_fraction)
     train, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     if not len(train):
         raise TrainerError("BAD_DATA", "No conversation is left to train on.", "Put some into the split train.")
     lines = digests.lines[validation[: config.sample_prompts]].tolist()
-    return Corpus(Dataset.from_file(str(file)).with_format("numpy"), train, validation, _prompts(config, lines))
+    documents = Dataset.from_file(str(file)).with_format("numpy")
+    return Corpus(documents, train, validation, _prompts(config, lines), cut, cut_tokens)
 
 
 def pack(documents: Dataset, rows: Sequence[int] | np.ndarray, budget: int) -> list[Packed]:

@@ -29,6 +29,7 @@ from trainer.protocol import (
     Adapter,
     Evaluation,
     Finished,
+    Log,
     Metrics,
     Phase,
     PhaseName,
@@ -55,6 +56,8 @@ def train(config: TrainConfig, report: Report, stop: StopRequest, *, keep: int |
     except Stopped:
         return Finished(outcome="stopped", reason=stop.reason)
     report(run.plan())
+    if run.corpus.cut:
+        report(Log(level="WARNING", message=run.what_was_cut()))
     while True:
         step = run.state.step
         try:
@@ -115,6 +118,10 @@ class Run:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()) - adapter,
             trainable_parameters=adapter,
         )
+
+    def what_was_cut(self) -> str:
+        corpus, limit = self.corpus, self.chat.limit
+        return f"{corpus.cut} conversations are longer than {limit} tokens: {corpus.cut_tokens} tokens were cut off"
 
     def has_converged(self) -> bool:
         patience = self.hyperparameters.early_stopping

@@ -56,6 +56,30 @@ def test_a_gguf_that_is_not_there(tmp_path: Path, location: str) -> None:
     assert code_of(model("gguf", location), tmp_path) == "MODEL_UNAVAILABLE"
 
 
+def test_a_packaged_gguf_is_converted_once_and_again_when_the_file_changes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "some_weights"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "w.gguf").write_bytes(b"GGUF1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen: list[Path] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        seen.append(file)
+        shutil.copytree(tiny, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(base, "_convert", convert)
+    source, cache = model("gguf", "package:some_weights/w.gguf"), tmp_path / "cache"
+    first = prepare_base(source, cache)
+    assert prepare_base(source, cache, weights=False) == first
+    assert seen == [package / "w.gguf"]
+    (package / "w.gguf").write_bytes(b"GGUF22")
+    assert prepare_base(source, cache) != first
+    assert len(seen) == 2
+
+
 class Hub:
     """The two calls of the hub that are used, answering from a folder."""
 

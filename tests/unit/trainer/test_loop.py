@@ -18,9 +18,11 @@ from transformers import LlamaForCausalLM
 
 from tests.unit.trainer.conftest import Recorder, v4_rows, write_jsonl
 from trainer import loop
+from trainer.chat import Chat, Document
 from trainer.config import TrainConfig, World, dump
 from trainer.control import StopRequest
 from trainer.errors import TrainerError
+from trainer.formats import Conversation, Message
 from trainer.protocol import (
     USER_FAULTS,
     Adapter,
@@ -30,6 +32,7 @@ from trainer.protocol import (
     Event,
     Failed,
     Finished,
+    Log,
     Metrics,
     Phase,
     Plan,
@@ -123,13 +126,18 @@ def test_the_adapter_is_plain_peft_and_does_what_was_measured(train_config: Trai
     assert torch.equal(logits(adapted), plain)
 
 
+_whole: dict[str, tuple[bytes, Finished]] = {}
+
+
 @pytest.fixture
 def unbroken(train_config: TrainConfig, tmp_path: Path) -> tuple[TrainConfig, bytes, Finished]:
-    """Seven steps of a packed, dropped-out run with an evaluation at every third, never interrupted."""
+    """Seven steps with dropout, an evaluation at every third, never interrupted (run once for all tests)."""
     config = configured(train_config, max_steps=7, eval_steps=3, checkpoint_steps=3)
-    whole = replace(config, output_dir=str(tmp_path / "whole"))
-    finished, _ = run(whole)
-    return config, weights(whole), finished
+    if not _whole:
+        elsewhere = replace(config, output_dir=str(tmp_path / "whole"))
+        finished, _ = run(elsewhere)
+        _whole["run"] = weights(elsewhere), finished
+    return config, *_whole["run"]
 
 
 STOPS: dict[str, Callable[[Event], bool]] = {
@@ -285,6 +293,20 @@ def test_what_cannot_be_done_is_refused(
         run(change(train_config))
     assert caught.value.code == "BAD_CONFIG"
     assert caught.value.code in USER_FAULTS
+
+
+def test_what_is_cut_off_is_reported(train_config: TrainConfig, tiny: Path) -> None:
+    rows = v4_rows(6)
+    rows[2]["turns"][1]["content"] = "word " * 200
+    write_jsonl(Path(train_config.dataset_path), rows)
+    conversation = Conversation(3, None, None, tuple(Message(**turn) for turn in rows[2]["turns"]))
+    document = Chat(tiny, 192).encode([conversation])[0]
+    assert isinstance(document, Document)
+    _, record = run(configured(train_config, max_seq_length=192, max_steps=1, validation_fraction=0.0))
+    (log,) = record.of(Log)
+    assert log.level == "WARNING"
+    lost = document.length - 192
+    assert log.message == f"1 conversations are longer than 192 tokens: {lost} tokens were cut off"
 
 
 def test_a_stop_while_loading_leaves_nothing(train_config: TrainConfig) -> None:
