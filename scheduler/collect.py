@@ -22,6 +22,7 @@ from scheduler.executor import AttemptGone, Batch, Ending, Executor, RankTimes, 
 from scheduler.finish import Claimed, claim, finish, tell_cost
 from scheduler.heard import Heard, Stored, parse
 from scheduler.lease import Lease, LeaseLost
+from scheduler.pause import pause
 from scheduler.project import JobProjection, VerdictProjection
 from scheduler.work import get_work
 
@@ -99,20 +100,21 @@ class Collector:
                 place = place or await self._begin(attempt_id)
                 if place.ended:
                     return
-                batch = await asyncio.wait_for(self._poll(name, place), ANSWER_S)
+                async with asyncio.timeout(ANSWER_S):
+                    batch = await self._poll(name, place)
                 place = await self.apply(attempt_id, name, place, batch)
                 failures = 0
-                await asyncio.sleep(0 if place is None or len(batch.events) >= FULL_BATCH else POLL_S)
+                await pause(0 if place is None or len(batch.events) >= FULL_BATCH else POLL_S)
             except (StaleEpoch, LeaseLost) as error:
                 raise LeaseLost from error
             except (AttemptGone, Unreachable, TimeoutError):
-                await asyncio.sleep(POLL_S)  # whether it is dead is for the look to tell
+                await pause(POLL_S)  # whether it is dead is for the look to tell
             except Exception as error:
                 log.exception("events of %s could not be stored", name)
                 place = None
                 if not _database_is_away(error):
                     failures += 1
-                await asyncio.sleep(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
+                await pause(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
         await self._end_as_fault(attempt_id, name, "EVENTS_REFUSED", "What the attempt told could not be stored")
 
     async def _poll(self, name: str, place: _Place) -> Batch:
@@ -165,7 +167,7 @@ class Collector:
             times = await self._executor.times(name) or times
             if all(rank.end_ms for rank in times) or asyncio.get_running_loop().time() > deadline:
                 break
-            await asyncio.sleep(0.1)
+            await pause(0.1)
         return times
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -19,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from control_plane.db import Database
 from control_plane.services.sql import insert_or_nothing
 from control_plane.tables import SchedulerLease
+from scheduler.pause import pause
 
 log = logging.getLogger(__name__)
 BEATS_PER_TIMEOUT = 5
@@ -49,8 +49,8 @@ class Lease:
 
     async def acquire(self) -> int:
         """Wait until the lease is ours; its epoch."""
-        while not await self.try_acquire():  # noqa: ASYNC110 (what is waited for is another process)
-            await asyncio.sleep(self._timeout_s / BEATS_PER_TIMEOUT)
+        while not await self.try_acquire():
+            await pause(self._timeout_s / BEATS_PER_TIMEOUT)
         log.info("lease acquired", extra={"epoch": self.epoch, "holder": self.holder})
         return self.epoch
 
@@ -89,7 +89,7 @@ class Lease:
     async def keep_beating(self) -> None:
         """Beat until the lease is lost (raises LeaseLost); a database that is away for a while is waited for."""
         while True:
-            await asyncio.sleep(self._timeout_s / BEATS_PER_TIMEOUT)
+            await pause(self._timeout_s / BEATS_PER_TIMEOUT)
             try:
                 await self.beat()
             except LeaseLost:

@@ -27,6 +27,7 @@ from scheduler.executor import Executor, Look, StaleEpoch, Unreachable
 from scheduler.lease import Lease, LeaseLost
 from scheduler.mirror import Mirror
 from scheduler.observe import held_attempts, waiting_work
+from scheduler.pause import pause
 from scheduler.policy import (
     Action,
     AskStop,
@@ -128,7 +129,9 @@ class Scheduler:
             except Exception:
                 log.exception("the tick failed")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._settings.tick_s)
+                async with asyncio.timeout(self._settings.tick_s):
+                    await self._wake.wait()
+            await pause(0)
             self._wake.clear()
 
     async def tick(self) -> None:
@@ -146,7 +149,8 @@ class Scheduler:
 
     async def _look(self) -> Look:
         try:
-            look = await asyncio.wait_for(self._executor.look(), LOOK_S)
+            async with asyncio.timeout(LOOK_S):
+                look = await self._executor.look()
         except (TimeoutError, Unreachable):
             look = Look(reachable=False)
         if look.reachable:

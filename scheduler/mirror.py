@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from datetime import datetime
 from typing import Any
@@ -14,6 +13,7 @@ from control_plane.money import usd
 from control_plane.states import TERMINAL, Status
 from control_plane.tables import JobEvent, TrainingJob
 from scheduler.lease import Lease, LeaseLost
+from scheduler.pause import pause
 from scheduler.tracking import JOB_TAG, Metric, Tracking, TrackingDown, TrackingRefused
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Mirror:
             except Exception:
                 pause_s = LONGEST_PAUSE_S
                 log.exception("the MLflow mirror failed")
-            await asyncio.sleep(pause_s)
+            await pause(pause_s)
 
     async def pass_once(self) -> bool:
         """Bring every job that lags a step forward. True if there may be more to do."""

@@ -285,8 +285,9 @@ async def test_a_new_cluster_means_that_the_old_attempt_is_lost(house: House) ->
         await house.until_heard(name)
         house.executor.new_cluster()
         await house.until_running(job_id, 2)
+        await house.until("the note", lambda: rows(house, Attempt, Attempt.cluster_id == "cluster-2"))
     first, second = await house.attempts(job_id)
-    assert (first.exit_reason, first.cluster_id, second.cluster_id) == ("CLUSTER_LOST", "cluster-1", "cluster-2")
+    assert (first.exit_reason, first.cluster_id, second.number) == ("CLUSTER_LOST", "cluster-1", 2)
 
 
 async def test_while_the_cluster_is_away_nothing_fails(house: House) -> None:
