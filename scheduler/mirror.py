@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 EVENTS_AT_ONCE = 150
-"""Each gives up to six metrics; the server takes 1000 at once."""
+"""Each gives up to six metrics; the server takes 1000 entries at once."""
 JOBS_AT_ONCE = 50
 PARAM_LENGTH = 500
 

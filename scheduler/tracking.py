@@ -51,7 +51,7 @@ class Tracking(Protocol):
     async def delete_run(self, run_id: str) -> None: ...
 
     async def log(self, run_id: str, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
-        """At most 1000 metrics; repeating them adds nothing."""
+        """At most 1000 metrics, params and tags together; repeating them adds nothing."""
         ...
 
     async def set_status(self, run_id: str, status: str, ended: datetime | None) -> None:

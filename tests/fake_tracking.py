@@ -49,8 +49,8 @@ class FakeTracking:
 
     async def log(self, run_id: str, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
         run = self._run(run_id)
-        if len(metrics) > 1000:
-            raise TrackingRefused("at most 1000 metrics")
+        if len(metrics) + len(params) + len(tags) > 1000:
+            raise TrackingRefused("at most 1000 at once")
         if any(run.params.get(key, value) != value for key, value in params.items()):
             raise TrackingRefused("a param cannot be changed")
         run.metrics |= {(m.key, m.step, m.timestamp_ms): m.value for m in metrics}
