@@ -33,8 +33,7 @@ def rate(
     before, after = (validation_before, validation_after) if proven else (training_first, training_last)
     if not before or after is None:
         return _quality(1)
-    improvement = 1 - after / before
-    stars = 1 + sum(improvement >= threshold for threshold in THRESHOLDS)
+    stars = 1 + sum(after <= before * (1 - threshold) for threshold in THRESHOLDS)
     if not proven:
         return _quality(min(stars, UNPROVEN_STARS))
     if training_last and after > OVERFIT_RATIO * training_last:
