@@ -26,6 +26,7 @@ from scheduler.loop import ClusterLost, Scheduler
 from scheduler.tracking import MlflowTracking
 
 log = logging.getLogger("scheduler")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -48,14 +49,22 @@ class JsonLines(logging.Formatter):
 async def serve(settings: Settings) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, stop.set)
     database = Database(settings.database_url)
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
     token = Path(given) if given else token_file(settings.data_dir)
     executor = RayExecutor(settings.ray_address, token_file=token, work_root=settings.work_dir)
     tracking = MlflowTracking(settings.mlflow_url)
-    scheduler = Scheduler(settings, Catalog.load(settings), database, executor, tracking, Storage(settings.storage_url))
+    scheduler = Scheduler(
+        settings,
+        Catalog.load(settings),
+        database,
+        executor,
+        tracking,
+        Storage(settings.storage_url),
+        reached=take_signals_back,
+    )
     try:
         await scheduler.run(stop)
         return 0
@@ -66,6 +75,12 @@ async def serve(settings: Settings) -> int:
         await tracking.close()
         await executor.close()
         await database.close()
+
+
+def take_signals_back() -> None:
+    """Ray's driver puts a handler of its own below Python's, which writes stack traces of an orderly end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.getsignal(number))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -71,12 +71,15 @@ class Scheduler:
         storage: retention.ObjectStore,
         *,
         lease: Lease | None = None,
+        reached: Callable[[], None] = lambda: None,
     ) -> None:
+        """``reached`` is called when the cluster is seen for the first time."""
         self._settings = settings
         self._catalog = catalog
         self._database = database
         self._executor = executor
         self._storage = storage
+        self._reached = reached
         self.lease = lease or Lease(database, settings.lease_timeout_s)
         self._wake = asyncio.Event()
         self._mirror = Mirror(database, self.lease, tracking)
@@ -154,6 +157,8 @@ class Scheduler:
         except (TimeoutError, Unreachable):
             look = Look(reachable=False)
         if look.reachable:
+            if self._reached_at is None:
+                self._reached()
             self._reached_at = time.monotonic()
         elif self._reached_at is not None and time.monotonic() - self._reached_at > CLUSTER_PATIENCE_S:
             await self._write_down([], look)
