@@ -7,6 +7,7 @@ starts it again, and it adopts what runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from scheduler.tracking import MlflowTracking
 
 log = logging.getLogger("scheduler")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CLOSE_S = 2.0
 STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -72,9 +74,10 @@ async def serve(settings: Settings) -> int:
         log.error("%s: ending, to be started again", type(error).__name__)
         return 1
     finally:
-        await tracking.close()
-        await executor.close()
-        await database.close()
+        for part in (tracking, executor, database):
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(CLOSE_S):
+                    await part.close()
 
 
 def take_signals_back() -> None:

@@ -46,7 +46,7 @@ from scheduler.work import get_work
 
 log = logging.getLogger(__name__)
 LOOK_S = 15.0
-CLUSTER_PATIENCE_S = 20.0
+CLUSTER_PATIENCE_S = 10.0
 """A driver whose cluster is away for longer is of no use any more, even when the cluster comes back."""
 TRACKING_PAUSE_S = 5.0
 PUBLISH_S = 5.0
