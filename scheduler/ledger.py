@@ -115,11 +115,6 @@ def recorded_ms() -> ColumnElement[int]:
     return cast(CostRecord.details["gpuMs"].as_string(), BigInteger)
 
 
-async def cost_so_far(session: AsyncSession, job: Job) -> int:
-    """Micro-dollars of all that the job has been billed for, posted or not."""
-    return charge(await _billed_ms(session, job.id), job.price_microusd_per_hour)
-
-
 async def allowance_ms(session: AsyncSession, job: Job, attempt: Attempt, ahead_ms: int) -> int:
     """GPU-milliseconds that the attempt may use in all: ``ahead_ms`` more than now, as far as the budget pays."""
     rows = (await _usage_rows(session, attempt.id)).values()

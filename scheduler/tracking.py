@@ -48,8 +48,6 @@ class Tracking(Protocol):
         """The job's run, found by its tag, created if there is none."""
         ...
 
-    async def delete_run(self, run_id: str) -> None: ...
-
     async def log(self, run_id: str, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
         """At most 1000 metrics, params and tags together; repeating them adds nothing."""
         ...
@@ -74,9 +72,6 @@ class MlflowTracking:
         run = found[0] if found else await self._create_run(experiment, job_id, name)
         info = run["info"]
         return Run(experiment, info["run_id"], artifact_prefix(info["artifact_uri"]))
-
-    async def delete_run(self, run_id: str) -> None:
-        await self._call("POST", "runs/delete", {"run_id": run_id})
 
     async def log(self, run_id: str, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
         await self._call(

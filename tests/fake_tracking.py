@@ -43,10 +43,6 @@ class FakeTracking:
             self._by_job[job_id] = run_id
         return self.runs[self._by_job[job_id]].run
 
-    async def delete_run(self, run_id: str) -> None:
-        self._run(run_id)
-        self._by_job = {job: run for job, run in self._by_job.items() if run != run_id}
-
     async def log(self, run_id: str, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
         run = self._run(run_id)
         if len(metrics) + len(params) + len(tags) > 1000:
