@@ -76,12 +76,12 @@ async def until(what: str, probe: Any, *processes: Process) -> Any:
 
 
 async def test_it_waits_for_ray_acts_and_ends_in_order(
-    database: Database, database_url: str, tmp_path: Path, cluster: RayCluster, processes: list[Process],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    sqlite_url: str, tmp_path: Path, cluster: RayCluster, processes: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(sqlite_url)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(cluster.token_file))
     nothing = {"ray_address": "127.0.0.1:1", "mlflow_url": "http://127.0.0.1:1"}
-    away = Settings(data_dir=tmp_path, database_url=database_url, **nothing)
+    away = Settings(data_dir=tmp_path, database_url=sqlite_url, **nothing)
     near = Settings(**{**vars(away), "ray_address": cluster.address})
 
     async def seen(reachable: bool) -> bool:
@@ -97,10 +97,13 @@ async def test_it_waits_for_ray_acts_and_ends_in_order(
 
     second = Process(near)
     processes.append(second)
+
+    async def counted() -> bool:
+        state = await row(database, ClusterState)
+        return bool(state.cluster_id) and (state.total.get("slot_cpu"), state.total.get("slot_io")) == (1, 2)
+
     await until("a look at Ray", lambda: seen(True), second)
-    state = await row(database, ClusterState)
-    assert state.cluster_id
-    assert (state.total["slot_cpu"], state.total["slot_io"]) == (1, 2)
+    await until("Ray's resources", counted, second)
     async with database.read() as session:
         (price,) = await session.scalars(select(PriceVersion))
     assert price.gpu_microusd_per_hour["cpu"] == 360_000
@@ -108,6 +111,7 @@ async def test_it_waits_for_ray_acts_and_ends_in_order(
     assert await second.exit_code() == 0, second.log.read_text()[-3000:]
     lease = await row(database, SchedulerLease)
     assert (lease.holder, lease.epoch) == ("", 2)
+    await database.close()
     for line in (first.log.read_text() + second.log.read_text()).splitlines():
         assert json.loads(line)["level"] in ("INFO", "WARNING")
 

@@ -111,7 +111,7 @@ reports = st.lists(
 
 
 @given(reports=reports, price=st.integers(1, 20_000_000), least_ms=st.sampled_from([0, 3_000, 10_000]))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_late_repeated_and_permuted_reports_cost_what_the_highest_say(
     database: Database, reports: list[ledger.Usage], price: int, least_ms: int
 ) -> None:
@@ -132,7 +132,7 @@ async def test_late_repeated_and_permuted_reports_cost_what_the_highest_say(
 
 
 @given(steps=st.lists(st.integers(1, 9_999), min_size=1, max_size=25), price=st.sampled_from([1, 1799, 359_999, PRICE]))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_rounding_never_accumulates(database: Database, steps: list[int], price: int) -> None:
     ids = await running(database, price_microusd_per_hour=price)
     total = 0
