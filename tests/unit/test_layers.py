@@ -21,6 +21,8 @@ CROSSINGS = {
         "import trainer.verdict",
     ),
     "layers of the control plane": ("control_plane/db.py", "import control_plane.services.jobs"),
+    "the scheduler leaves alone what answers requests": ("scheduler/work.py", "import control_plane.api.jobs"),
+    "MLflow is the scheduler's to speak to": ("control_plane/services/jobs.py", "import mlflow"),
     "ray only in scheduler.cluster": ("scheduler/work.py", "import ray"),
     "torch and its family only in trainer": ("control_plane/money.py", "import torch"),
     "policy and states are pure": ("scheduler/policy.py", "import asyncio"),
