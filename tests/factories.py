@@ -44,10 +44,10 @@ SOUND = {
 BROKEN = {
     **SOUND,
     "passed": False,
-    "counts": {"NOT_JSON": 250},
+    "counts": {"NOT_JSON": 250, "UNKNOWN_ROLE": 1},
     "findings": [
-        {"line": line, "pointer": "", "code": "NOT_JSON", "severity": "error", "found": "{", "advice": "Close it."}
-        for line in range(1, 101)
+        {"line": line, "pointer": "", "code": code, "severity": "error", "found": "{", "advice": "Close it."}
+        for line, code in [*((line, "NOT_JSON") for line in range(1, 101)), (500, "UNKNOWN_ROLE")]
     ],
 }
 """Reports as ``trainer.verdict`` makes them."""

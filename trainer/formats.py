@@ -82,11 +82,11 @@ def _v4(pointer: str, turn: dict[str, Any]) -> Iterator[Turn]:
 
 
 def _v3(pointer: str, turn: dict[str, Any]) -> Iterator[Turn]:
-    for role in ("user", "assistant"):
+    for role in [*_V3_ROLES, *(key for key in turn if key not in _V3_ROLES)]:
         if role in turn:
             yield Turn(pointer, role, turn[role], content_pointer=f"{pointer}/{role}")
-    if not turn.keys() & {"user", "assistant"}:
-        yield Turn(pointer, next(iter(turn), None), "?", content_pointer=pointer)
+    if not turn:
+        yield Turn(pointer, None, "?", content_pointer=pointer)
 
 
 def _openai(pointer: str, turn: dict[str, Any]) -> Iterator[Turn]:
@@ -99,10 +99,11 @@ def _sharegpt(pointer: str, turn: dict[str, Any]) -> Iterator[Turn]:
     yield Turn(pointer, turn.get("from"), turn.get("value"), content_pointer=f"{pointer}/value")
 
 
-_PLAIN: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_V3_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant"}
+_PLAIN: dict[str, Role] = {"system": "system", **_V3_ROLES}
 FORMATS: dict[str, Format] = {
     "BRIGHTRUN_LORA_V4": Format("turns", _v4, _PLAIN),
-    "BRIGHTRUN_LORA_V3": Format("turns", _v3, _PLAIN),
+    "BRIGHTRUN_LORA_V3": Format("turns", _v3, _V3_ROLES),
     "OPENAI_MESSAGES": Format("messages", _openai, {**_PLAIN, "developer": "system"}),
     "SHAREGPT": Format(
         "conversations", _sharegpt, {**_PLAIN, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}

@@ -100,7 +100,7 @@ class Log(Event):
 
 
 class Verdict(Event):
-    """The whole report on a dataset; its shape is ``trainer.verdict``'s, bounded to about 1 MiB."""
+    """The whole report on a dataset; its shape is ``trainer.verdict``'s, bounded to about 4 MiB."""
 
     report: dict[str, Any]
 

@@ -26,7 +26,8 @@ from trainer.protocol import Finished, Phase, Progress, Verdict
 from trainer.report import Report
 from trainer.splits import TRAIN, Digests
 
-MAX_REPORT_BYTES = 2**20
+MAX_REPORT_BYTES = 2**22
+"""Room for 100 findings of every code."""
 FEW = 10
 BATCH_CHARACTERS = 2**20
 SAMPLE_CONVERSATIONS = 3

@@ -221,8 +221,8 @@ def _judge(dataset: Dataset, verdict: Verdict, report: dict[str, Any] | None) ->
     dataset.avg_turns_per_conversation = statistics["avgTurnsPerConversation"]
     dataset.avg_tokens_per_turn = statistics["avgTokensPerTurn"]
     dataset.sample_data = report["sample"]
-    dataset.validation_errors = [f for f in report["findings"] if f["severity"] == "error"][:100]
-    errors = {f["code"] for f in dataset.validation_errors}
+    dataset.validation_errors = [finding for finding in report["findings"] if finding["severity"] == "error"]
+    errors = {finding["code"] for finding in dataset.validation_errors}
     wrong = sum(count for code, count in report["counts"].items() if code in errors)
     dataset.error_message = None if verdict.passed else f"{wrong} errors: {', '.join(sorted(errors))}"
 

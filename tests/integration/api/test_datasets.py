@@ -68,10 +68,11 @@ async def test_a_refused_dataset_says_what_is_wrong(ada: Account, db: Database) 
 
     dataset = (await ada.data("GET", f"/api/datasets/{dataset_id}"))["dataset"]
     assert (dataset["status"], dataset["trainingReady"]) == ("ERROR", False)
-    assert dataset["errorMessage"] == "250 errors: NOT_JSON"
+    assert dataset["errorMessage"] == "251 errors: NOT_JSON, UNKNOWN_ROLE"
     answer = await ada.data("GET", f"/api/datasets/{dataset_id}/errors")
-    assert answer["counts"] == {"NOT_JSON": 250}
-    assert len(answer["errors"]) == 100
+    assert answer["counts"] == {"NOT_JSON": 250, "UNKNOWN_ROLE": 1}
+    assert len(answer["errors"]) == 101
+    assert dataset["validationErrors"] == answer["errors"]
     assert answer["errors"][0].keys() == {"line", "pointer", "code", "severity", "found", "advice"}
     error = error_of(await ada.call("POST", "/api/jobs", job_body(dataset_id)), 409, "CONFLICT")
     assert f"/api/datasets/{dataset_id}/errors" in error["message"]

@@ -282,3 +282,8 @@ def test_every_format_of_the_product_is_read_or_refused_by_name() -> None:
     assert set(formats.FORMATS) | set(formats.UNSUPPORTED) == {
         "BRIGHTRUN_LORA_V4", "BRIGHTRUN_LORA_V3", "OPENAI_MESSAGES", "SHAREGPT", "ALPACA", "PROMPT_COMPLETION",
     }  # fmt: skip
+
+
+def test_v3_turns_hold_nothing_but_what_was_said() -> None:
+    row = {"conversation_id": "a", "turns": [{"user": "Hi", "assistant": "Yo", "system": "Be good", "assitant": "Y"}]}
+    assert findings([row]) == [(1, "/turns/0", "UNKNOWN_ROLE"), (1, "/turns/0", "UNKNOWN_ROLE")]
