@@ -15,6 +15,7 @@ from control_plane.tables.money import CostType
 class CostOut(Out):
     id: str
     job_id: str | None
+    attempt_id: str | None
     created_by: str
     cost_type: CostType
     amount: Money

@@ -166,15 +166,16 @@ class Client:
         gpu = next(g for g in self.get("/api/gpu-types")["gpuTypes"] if g["id"] == gpu_type)
         return self.micro(gpu["pricePerHour"])
 
-    def compute_ms(self, job_id: str) -> dict[str, int]:
-        """GPU-milliseconds by the ledger: billed (charges less reversals) and absorbed."""
-        sums = {"billed": 0, "absorbed": 0}
+    def compute_ms(self, job_id: str) -> dict[str, dict[str, int]]:
+        """GPU-milliseconds by the ledger, by attempt: billed (charges less reversals) and absorbed."""
+        sums: dict[str, dict[str, int]] = {}
         page = 1
         while True:
             answer = self.get("/api/costs", job=job_id, type="COMPUTE", page=page, pageSize=100)
             for record in answer["costs"]:
                 details = record["details"]
-                sums["absorbed" if details["kind"] == "absorbed" else "billed"] += details["gpuMs"]
+                of_attempt = sums.setdefault(record["attemptId"], {"billed": 0, "absorbed": 0})
+                of_attempt["absorbed" if details["kind"] == "absorbed" else "billed"] += details["gpuMs"]
             if page >= answer["pagination"]["totalPages"]:
                 return sums
             page += 1
