@@ -13,7 +13,13 @@ from control_plane.errors import ValidationFailed
 
 T = TypeVar("T")
 
-Name = Annotated[str, Meta(min_length=1, max_length=200)]
+
+def said(message: str, **bounds: Any) -> Meta:
+    """Bounds of a string field, and what is said when it breaks them."""
+    return Meta(**bounds, extra={"said": message})
+
+
+Name = Annotated[str, said("Must have 1 to 200 characters, not only spaces", max_length=200, pattern=r"\S")]
 Money = str
 """Decimal USD with six decimals."""
 
@@ -136,11 +142,6 @@ def _message(value: Any, kind: Any, message: str) -> str:
             if isinstance(value, str) and isinstance(meta, Meta) and meta.extra:
                 return str(meta.extra["said"])
     return message.split(" - at `$")[0]
-
-
-def said(message: str, **bounds: Any) -> Meta:
-    """Bounds of a string field, and what is said when it breaks them."""
-    return Meta(**bounds, extra={"said": message})
 
 
 def _strings(value: Any) -> str:

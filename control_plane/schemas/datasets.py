@@ -18,7 +18,9 @@ MAX_FILE_SIZE = 10 * 1024**3
 FileName = Annotated[
     str,
     said(
-        "Must be a file's name of 1 to 255 characters, without a path", max_length=255, pattern=r"^[^/\\\x00-\x1f]+\Z"
+        "Must be a file's name of 1 to 255 characters, without a path",
+        max_length=255,
+        pattern=r"^(?!\.{1,2}\Z)[^/\\\x00-\x1f]+\Z",
     ),
 ]
 Description = Annotated[str, Meta(max_length=10_000)]

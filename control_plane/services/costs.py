@@ -117,9 +117,9 @@ async def set_budget(session: AsyncSession, who: Principal, amount: Decimal | No
     """Raises ValidationFailed unless ``amount`` is above zero; None: unlimited."""
     if amount is not None and not (amount.is_finite() and 0 < amount <= LARGEST_BUDGET):
         raise ValidationFailed.field("monthlyBudget", f"Must be above 0, at most {LARGEST_BUDGET}, or null")
+    if amount is not None and amount != round(amount, 6):
+        raise ValidationFailed.field("monthlyBudget", "Must have at most six decimals")
     limit = None if amount is None else microusd(amount)
-    if limit == 0:
-        raise ValidationFailed.field("monthlyBudget", "Must be at least 0.000001")
     team = await budget.lock_team(session, who.team_id)
     team.monthly_budget_microusd = limit
     audit(session, "set budget", "team", team.id, user_id=who.user_id, team_id=team.id)

@@ -113,6 +113,8 @@ async def test_applying_a_verdict_twice_tells_once(ada: Account, db: Database) -
         ({"name": "x" * 201}, "name"),
         ({"name": None}, "name"),
         ({"fileName": "../../etc/passwd"}, "fileName"),
+        ({"fileName": ".."}, "fileName"),
+        ({"name": "  "}, "name"),
         ({"fileSize": 0}, "fileSize"),
         ({"fileSize": 10 * 1024**3 + 1}, "fileSize"),
         ({"fileSize": "12"}, "fileSize"),

@@ -226,7 +226,7 @@ async def test_owners_are_told_once_of_each_threshold(ada: Account, bob: Account
     assert (await bob.data("GET", "/api/notifications"))["notifications"] == []
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity", "much", 0, 1e30, [], "1e-9"])
+@pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity", "much", 0, 1e30, [], "1e-9", "1.0000001"])
 async def test_bad_budgets(somebody: Account, value: object) -> None:
     error = error_of(await somebody.call("PUT", "/api/budget", {"monthlyBudget": value}), 400, "VALIDATION_ERROR")
     assert error["fields"].keys() == {"monthlyBudget"}
