@@ -26,7 +26,7 @@ tags: [lora, brightrun]
 # {name}
 
 A LoRA adapter of `{base}` at revision `{revision}`, trained by BrightRun on
-{conversations} conversations ({validation} held out for validation).
+{conversations} conversations ({validation} held out for validation).{origin}
 
 | | before | after |
 |---|---|---|
@@ -78,10 +78,12 @@ def model_card(config: TrainConfig, result: dict[str, Any], *, plan: Plan, steps
     def figure(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
 
-    before, after = result["before"], result["after"]
+    before, after, source = result["before"], result["after"], config.base_model.source
+    quantized = f"\nThe base weights were dequantised from `{Path(source.location).name}`, so they differ slightly."
     return CARD.format(
         base=config.base_model.id,
         revision=config.base_model.revision,
+        origin=quantized if source.kind == "gguf" else "",
         name=" ".join(config.name.split()),
         conversations=plan.train_conversations + plan.validation_conversations,
         validation=plan.validation_conversations,

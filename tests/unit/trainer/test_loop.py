@@ -19,9 +19,10 @@ from transformers import LlamaForCausalLM
 from tests.unit.trainer.conftest import Recorder, v4_rows, write_jsonl
 from trainer import loop
 from trainer.chat import Chat, Document
-from trainer.config import TrainConfig, World, dump
+from trainer.config import BaseModelSource, TrainConfig, World, dump
 from trainer.control import StopRequest
 from trainer.errors import TrainerError
+from trainer.export import model_card
 from trainer.formats import Conversation, Message
 from trainer.protocol import (
     USER_FAULTS,
@@ -108,6 +109,7 @@ def test_the_adapter_is_plain_peft_and_does_what_was_measured(train_config: Trai
     assert f"{finished.result['finalValidationLoss']:.4f}" in card
     assert '"useRslora": true' in card
     assert str(tiny) not in card
+    assert "dequantised" not in card
 
     ids = torch.arange(100, 120)[None]
 
@@ -319,3 +321,16 @@ def test_the_dataset_is_checked_again(train_config: TrainConfig) -> None:
     write_jsonl(Path(train_config.dataset_path), [*v4_rows(5), "{"])
     with pytest.raises(TrainerError, match="line 6: NOT_JSON"):
         run(train_config)
+
+
+def test_the_card_says_when_the_base_was_dequantised(train_config: TrainConfig) -> None:
+    source = BaseModelSource("gguf", "package:some_model/Some-Model.Q4_1.gguf", "Q4_1")
+    packaged = msgspec.structs.replace(
+        train_config, base_model=msgspec.structs.replace(train_config.base_model, source=source)
+    )
+    result = {"before": {}, "after": {}, "bestStep": 1, "finalTrainingLoss": 1.0, "tokens": 1, "tokensPerS": 1.0}
+    plan = Plan(total_steps=1, total_epochs=1, train_conversations=1, validation_conversations=0)
+
+    card = model_card(packaged, result, plan=plan, steps=1)
+
+    assert "dequantised from `Some-Model.Q4_1.gguf`" in card
