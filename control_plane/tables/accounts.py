@@ -139,8 +139,12 @@ class Webhook(Row, Base):
     url: Mapped[str] = mapped_column(Text)
     secret: Mapped[str] = mapped_column(String(128))
     events: Mapped[list[Any]] = mapped_column(Json, default=list)
+    """Types that it wants to hear of; none: all."""
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
+    failing_since: Mapped[datetime | None]
+    """The first failure since the last delivery that was taken."""
     disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None] = mapped_column(Text)
 
 
 class AuditEvent(Row, Base):

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from control_plane.tables.base import Base, Json, Row, enum_column, now
@@ -52,6 +52,8 @@ class CostRecord(Owned, Row, Base):
     billing_period: Mapped[datetime]
     """Start of the UTC day."""
     recorded_at: Mapped[datetime] = mapped_column(default=now)
+    dedupe_key: Mapped[str | None] = mapped_column(String(120), unique=True)
+    """Of what is accrued once a period (``storage:<team>:<day>``); COMPUTE records have none."""
 
 
 class BudgetHold(Row, Base):
