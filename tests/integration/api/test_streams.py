@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,53 +17,12 @@ import pytest
 from control_plane.db import Database
 from control_plane.migrations import upgrade
 from control_plane.services.lifecycle import NewEvent, append_events, transition
-from control_plane.settings import Settings
 from control_plane.states import Status
 from control_plane.tables import Dataset, TrainingJob
 from tests.factories import Account, error_of, job_body, make_account, ready_dataset
+from tests.integration.api.server import Server
 
 Event = tuple[int, str, dict[str, Any]]
-
-
-class Server:
-    """A running `brightrun serve`."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.settings = Settings(data_dir=folder, port=port)
-        self.log = (folder / "api.log").open("ab")
-        self.process = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("BRIGHTRUN_")} | self.settings.to_env()
-        command = [sys.executable, "-m", "control_plane.cli", "serve"]
-        return subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log)
-
-    def said(self) -> str:
-        return Path(self.log.name).read_text()
-
-    async def ready(self) -> None:
-        async with httpx.AsyncClient(base_url=self.settings.public_url) as http:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                try:
-                    if (await http.get("/health/ready")).status_code == 200:
-                        return
-                except httpx.TransportError:
-                    assert self.process.poll() is None, self.said()
-                await asyncio.sleep(0.05)
-        raise AssertionError(f"not ready: {self.said()}")
-
-    async def restart(self, how: signal.Signals) -> None:
-        self.stop(how)
-        self.process = self._start()
-        await self.ready()
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        self.process.send_signal(how)
-        return self.process.wait(15)
 
 
 @pytest.fixture(scope="module")
@@ -245,5 +199,5 @@ async def test_sigterm_ends_it_soon_even_with_an_open_stream(ada: Account, job_i
         began = time.monotonic()
         await asyncio.to_thread(server.stop)
         assert time.monotonic() - began < 10
-    server.process = server._start()
+    server.process = server.start()
     await server.ready()
