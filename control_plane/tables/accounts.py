@@ -138,6 +138,9 @@ class Webhook(Row, Base):
     created_by: Mapped[str] = mapped_column(ForeignKey("users.id"))
     url: Mapped[str] = mapped_column(Text)
     secret: Mapped[str] = mapped_column(String(128))
+    previous_secret: Mapped[str | None] = mapped_column(String(128))
+    previous_secret_until: Mapped[datetime | None]
+    """Until then messages bear the signature of the previous secret too."""
     events: Mapped[list[Any]] = mapped_column(Json, default=list)
     """Types that it wants to hear of; none: all."""
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
