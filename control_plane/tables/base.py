@@ -17,8 +17,16 @@ def uuid7() -> str:
     return str(uuid6.uuid7())
 
 
-def now() -> datetime:
+def _system_clock() -> datetime:
     return datetime.now(UTC)
+
+
+clock = _system_clock
+"""The wall clock; the simulator puts its own here."""
+
+
+def now() -> datetime:
+    return clock()
 
 
 class UtcDateTime(TypeDecorator[datetime]):
