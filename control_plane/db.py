@@ -21,7 +21,8 @@ class Database:
     rollback journal is used because SQLite before 3.51.3 can corrupt a WAL database (see SQLite's WAL-reset bug).
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, mail: bool = False) -> None:
+        """``mail``: notifications go out by mail too (``session.info["mail"]``)."""
         sqlite = url.startswith("sqlite")
         options: dict[str, Any] = {"pool_pre_ping": True}
         if sqlite:
@@ -32,7 +33,7 @@ class Database:
             event.listen(self.engine.sync_engine, "begin", _sqlite_begin)
         writing = self.engine.execution_options(brightrun_begin="IMMEDIATE")
         self._read = async_sessionmaker(self.engine, expire_on_commit=False)
-        self._write = async_sessionmaker(writing, expire_on_commit=False)
+        self._write = async_sessionmaker(writing, expire_on_commit=False, info={"mail": mail})
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:

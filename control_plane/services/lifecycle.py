@@ -12,7 +12,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import Conflict
-from control_plane.services import budget
+from control_plane.services import budget, outbox
 from control_plane.states import AFTER_STOP, TERMINAL, Stage, Status, StopReason, may, sources
 from control_plane.tables import CostRecord, JobEvent, TrainingJob, Verdict, now
 from control_plane.tables.money import CostType
@@ -54,6 +54,7 @@ async def transition(
         await session.refresh(work)
         await append_event(session, work.id, "stage", stage_payload(work))
         await _tell_end(session, work)
+        await outbox.job_moved(session, work)
     else:
         await session.refresh(work)
     return True

@@ -9,9 +9,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import NotFound
 from control_plane.schemas.base import Pagination
+from control_plane.services import outbox
 from control_plane.services.listing import Paging, paginate
 from control_plane.services.sql import insert_or_nothing
-from control_plane.tables import Notification
+from control_plane.tables import Membership, Notification
+from control_plane.tables.accounts import TeamRole
 from control_plane.tables.notices import NotificationPriority, NotificationType
 
 
@@ -28,20 +30,32 @@ async def notify(
     details: dict[str, Any] | None = None,
     dedupe_key: str,
 ) -> bool:
-    """Insert, or do nothing when ``dedupe_key`` (``type:object:recipient``) is there already. True if inserted."""
-    return await insert_or_nothing(
-        session,
-        Notification,
-        user_id=user_id,
-        team_id=team_id,
-        type=type,
-        title=title[:200],
-        message=message,
-        priority=priority,
-        action_url=action_url,
-        details=details,
-        dedupe_key=dedupe_key,
+    """Insert, or do nothing when ``dedupe_key`` (``type:object:recipient``) is there already. True if inserted; then
+    it is told outside the house too."""
+    values: dict[str, Any] = {
+        "user_id": user_id,
+        "team_id": team_id,
+        "type": type,
+        "title": title[:200],
+        "message": message,
+        "priority": priority,
+        "action_url": action_url,
+        "details": details,
+        "dedupe_key": dedupe_key,
+    }
+    inserted = await insert_or_nothing(session, Notification, **values)
+    if inserted:
+        await outbox.noticed(session, Notification(**values))
+    return inserted
+
+
+async def notify_owners(session: AsyncSession, team_id: str, *, event_key: str, **notice: Any) -> None:
+    """The same notification to each of the team's owners; ``event_key`` is the dedupe key without the recipient."""
+    owners = await session.scalars(
+        select(Membership.user_id).where(Membership.team_id == team_id, Membership.role == TeamRole.OWNER)
     )
+    for user_id in owners.all():
+        await notify(session, user_id=user_id, team_id=team_id, dedupe_key=f"{event_key}:{user_id}", **notice)
 
 
 async def listed(
