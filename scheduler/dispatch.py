@@ -88,9 +88,9 @@ class Dispatcher:
             work = await get_work(session, kind, work_id, lock=True)
             if work.status is not Status.QUEUED:
                 return None
-            previous = await attempt_of(session, work)
+            previous = await _last_attempt(session, work)
             work.attempt += 1
-            saved = await retention.whole(session, work.id) if kind is WorkKind.JOB else []
+            saved = await retention.resume_points(session, work) if isinstance(work, TrainingJob) else []
             attempt = Attempt(
                 work_kind=kind,
                 work_id=work.id,
@@ -101,6 +101,8 @@ class Dispatcher:
                 recovery=previous is not None and _was_lost(previous),
             )
             session.add(attempt)
+            if isinstance(work, TrainingJob):
+                await ledger.reserve(session, work, ahead_ms=self._ahead_ms(work))
             await transition(session, work, Status.INITIALIZING, attempt=work.attempt, not_before=None)
             return attempt.id
 
@@ -120,7 +122,6 @@ class Dispatcher:
             config = self._verdict_config(work, dataset)
             return AttemptSpec(**common, config=config, demand=VERDICT_DEMAND, stage_in=(stage,), threads=1)
         gpu = self._catalog.gpu_types[work.gpu_type]
-        ahead_ms = self._settings.allowance_s * 1000 * work.gpu_count
         return AttemptSpec(
             **common,
             config=self._train_config(work, attempt, dataset),
@@ -128,12 +129,15 @@ class Dispatcher:
             stage_in=(stage, *await _parent(session, work)),
             resume_points=tuple(
                 ResumePoint(point.id, point.storage_key, point.sha256, point.step)
-                for point in await retention.whole(session, work.id)
+                for point in await retention.resume_points(session, work)
             ),
             artifact_prefix=work.artifact_prefix,
             threads=self._settings.cpu_threads,
-            allowance_ms=await ledger.allowance_ms(session, work, attempt, ahead_ms),
+            allowance_ms=await ledger.allowance_ms(session, work, attempt, self._ahead_ms(work)),
         )
+
+    def _ahead_ms(self, job: TrainingJob) -> int:
+        return self._settings.allowance_s * 1000 * job.gpu_count
 
     def _verdict_config(self, verdict: Verdict, dataset: Dataset) -> dict[str, Any]:
         config = VerdictConfig(
@@ -194,6 +198,13 @@ async def _parent(session: AsyncSession, job: TrainingJob) -> list[Stage]:
     model = await session.get_one(ModelArtifact, job.parent_model_id)
     key = next(iter(model.artifacts.values()))["key"]
     return [Stage(key.rpartition("/adapter/")[0] + "/adapter", PARENT, prefix=True)]
+
+
+async def _last_attempt(session: AsyncSession, work: AnyWork) -> Attempt | None:
+    """The work's last attempt; before its first, that of the job that it retries."""
+    if work.attempt == 0 and isinstance(work, TrainingJob) and work.retry_of is not None:
+        return await attempt_of(session, await session.get_one(TrainingJob, work.retry_of))
+    return await attempt_of(session, work)
 
 
 def _was_lost(previous: Attempt) -> bool:

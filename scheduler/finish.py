@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.money import usd
 from control_plane.services import alerts, artifacts, datasets
-from control_plane.services.lifecycle import append_event, stronger, transition
+from control_plane.services.lifecycle import append_event, note, stronger, transition
 from control_plane.services.notifications import notify
 from control_plane.states import (
     ACTIVE,
@@ -25,7 +25,6 @@ from control_plane.tables import Attempt, TrainingJob, Verdict, now
 from control_plane.tables.notices import NotificationPriority, NotificationType
 from scheduler import ledger, retention
 from scheduler.executor import Ending
-from scheduler.project import note
 from scheduler.work import AnyWork, get_work
 
 

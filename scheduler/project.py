@@ -9,10 +9,17 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.services import datasets
-from control_plane.services.lifecycle import NewEvent, append_event, append_events, stage_payload, transition
+from control_plane.services.lifecycle import (
+    NewEvent,
+    append_events,
+    iso,
+    log_entry,
+    log_payload,
+    stage_payload,
+    transition,
+)
 from control_plane.states import Stage, Status
-from control_plane.tables import Attempt, Checkpoint, JobLog, MetricsPoint, TrainingJob, Verdict
-from control_plane.tables.base import now
+from control_plane.tables import Attempt, Checkpoint, MetricsPoint, TrainingJob, Verdict
 from scheduler.heard import Adapter, Heard, Pending, Started, Stored
 from trainer import protocol
 from trainer.protocol import Evaluation, Failed, Finished, Log, Metrics, Phase, Plan, Sample
@@ -176,7 +183,7 @@ class JobProjection:
         self._job.result = {**(self._job.result or {}), **parts}
 
     def _log(self, heard: Heard, level: str, message: str, metadata: dict[str, Any] | None = None) -> None:
-        entry = _log_entry(self._job.id, heard.at, level, message, metadata)
+        entry = log_entry(self._job.id, heard.at, level, message, metadata)
         self._session.add(entry)
         self._tell(heard, "log", log_payload(entry))
 
@@ -245,24 +252,6 @@ class VerdictProjection:
         await self._session.flush()
 
 
-async def note(
-    session: AsyncSession, job: TrainingJob, level: str, message: str, metadata: dict[str, Any] | None = None
-) -> None:
-    """A log entry of the scheduler's own."""
-    entry = _log_entry(job.id, now(), level, message, metadata)
-    session.add(entry)
-    await append_event(session, job.id, "log", log_payload(entry))
-
-
-def _log_entry(job_id: str, at: datetime, level: str, message: str, metadata: dict[str, Any] | None) -> JobLog:
-    return JobLog(job_id=job_id, timestamp=at, level=level, message=message, details=metadata)
-
-
-def log_payload(entry: JobLog) -> dict[str, Any]:
-    payload = {"timestamp": iso(entry.timestamp), "level": entry.level, "message": entry.message}
-    return {**payload, "metadata": entry.details} if entry.details else payload
-
-
 def progress_payload(job: TrainingJob) -> dict[str, Any]:
     return {
         "progress": job.progress,
@@ -286,8 +275,3 @@ def metrics_payload(point: MetricsPoint) -> dict[str, Any]:
         "gpuMemory": point.gpu_memory,
     }
     return {key: value for key, value in payload.items() if value is not None}
-
-
-def iso(at: datetime) -> str:
-    """UTC with milliseconds and Z."""
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
-from control_plane.tables import Checkpoint, now
+from control_plane.services.lineage import ancestors
+from control_plane.tables import Checkpoint, TrainingJob, now
 
 log = logging.getLogger(__name__)
 KEEP_LAST = 2
@@ -34,6 +35,12 @@ async def whole(session: AsyncSession, job_id: str) -> list[Checkpoint]:
         .order_by(Checkpoint.step.desc(), Checkpoint.created_at.desc())
     )
     return list(found)
+
+
+async def resume_points(session: AsyncSession, job: TrainingJob) -> list[Checkpoint]:
+    """Where the job may go on: its own whole checkpoints, newest first, then those of the jobs that it retries."""
+    ids = [job.id, *await ancestors(session, job)]
+    return [checkpoint for job_id in ids for checkpoint in await whole(session, job_id)]
 
 
 async def mark_obsolete(session: AsyncSession, job_id: str) -> list[str]:

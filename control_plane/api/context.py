@@ -98,7 +98,7 @@ async def provide_session(request: AnyRequest, installation: House) -> AsyncIter
 async def provide_idempotent(request: AnyRequest, session: Session, installation: House) -> Idempotent:
     who: Principal | None = request.scope["state"].get("principal")
     asks = idempotency.Request(
-        scope=f"{who.team_id if who else address_of(request)} {request.method} {request.scope['path_template']}",
+        scope=f"{who.team_id if who else address_of(request)} {request.method} {request.url.path.rstrip('/')}",
         key=request.headers.get("Idempotency-Key"),
         body=await request.body(),
         secret=installation.secret,

@@ -25,8 +25,9 @@ from control_plane.schemas.jobs import (
     Logs,
     Metrics,
     NewJob,
+    RetriedJob,
 )
-from control_plane.services import jobs, lifecycle, telemetry
+from control_plane.services import jobs, lifecycle, retries, telemetry
 from control_plane.services.accounts import audit
 from control_plane.services.scope import Principal, get_owned
 from control_plane.states import Status, StopReason
@@ -135,18 +136,37 @@ class JobController(Controller):
     async def resume(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[JobData]:
         job = await get_owned(session, TrainingJob, who.team_id, job_id, lock=True)
         if job.status is not Status.PAUSED or not await lifecycle.transition(session, job, Status.QUEUED):
-            raise Conflict(f"Only a PAUSED job can be resumed; this one is {job.status}")
+            raise Conflict(lifecycle.refusal("resume", job))
         audit(session, "resume", "job", job_id, user_id=who.user_id, team_id=who.team_id)
         (seen,) = await _seen(session, [job])
         return ok(JobData(job=seen))
+
+    @post("/{job_id:str}/retry", guards=[TRAIN], summary="A new job that goes on from a failed or cancelled one")
+    async def retry(
+        self, job_id: FromPath[str], installation: House, session: Session, who: Caller, idempotent: Once
+    ) -> Ok[RetriedJob]:
+        async def run() -> RetriedJob:
+            job, ready = await retries.retry(session, who, job_id, installation.catalog)
+            (seen,) = await _seen(session, [job])
+            return RetriedJob(
+                job_id=job.id,
+                queue_position=seen.queue_position or 0,
+                estimate=ready.estimate,
+                warnings=ready.warnings,
+                job=seen,
+            )
+
+        return ok(await idempotent(RetriedJob, run))
 
 
 async def _stop(session: AsyncSession, who: Principal, job_id: str, reason: StopReason) -> Ok[JobData]:
     """At once if nothing runs, else by the scheduler (``stopRequested`` says so meanwhile)."""
     job = await get_owned(session, TrainingJob, who.team_id, job_id, lock=True)
+    before = job.status, job.stop_requested, job.paused_by
     await lifecycle.request_stop(session, job, reason)
-    audit(session, reason.lower(), "job", job_id, user_id=who.user_id, team_id=who.team_id)
-    await session.flush()
+    if before != (job.status, job.stop_requested, job.paused_by):
+        audit(session, reason.lower(), "job", job_id, user_id=who.user_id, team_id=who.team_id)
+        await session.flush()
     (seen,) = await _seen(session, [job])
     return ok(JobData(job=seen))
 

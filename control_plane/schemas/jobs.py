@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from control_plane.money import usd
 from control_plane.schemas.base import In, Money, MoneyRange, Name, Out, Pagination, Range
-from control_plane.states import Outcome, Stage, Status, StopReason
+from control_plane.states import ACTIVE, Outcome, Stage, Status, StopReason
 from control_plane.tables import TrainingJob
 from trainer.config import Hyperparameters
 
@@ -151,6 +151,8 @@ class JobOut(Out):
     status: Status
     current_stage: Stage
     stop_requested: StopReason | None
+    stopping: bool
+    """It has been asked to stop and still holds its GPUs."""
     paused_by: StopReason | None
     reconnecting: bool
     progress: float
@@ -194,6 +196,7 @@ class JobOut(Out):
             job,
             gpu_config=GpuChoice(type=job.gpu_type, count=job.gpu_count),
             queue_position=queue_position,
+            stopping=job.status in ACTIVE and job.stop_requested is not None,
             current_cost=usd(job.current_cost_microusd),
             estimated_total_cost=usd(job.estimated_total_cost_microusd),
             final_cost=None if final is None else usd(final),
@@ -204,6 +207,12 @@ class JobOut(Out):
 
 
 class JobData(Out):
+    job: JobOut
+
+
+class RetriedJob(NewJob):
+    """Answer of POST /api/jobs/{id}/retry: that of POST /api/jobs, and the new job itself."""
+
     job: JobOut
 
 

@@ -24,7 +24,7 @@ class Request(msgspec.Struct, frozen=True):
     """What tells a repetition from another request."""
 
     scope: str
-    """Team (or address, before sign-in), method and route."""
+    """Team (or address, before sign-in), method and path."""
     key: str | None
     body: bytes
     secret: bytes

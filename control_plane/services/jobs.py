@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -143,6 +143,11 @@ async def create(
 ) -> tuple[TrainingJob, Prepared]:
     """Accept a job: hold its upper estimate, pin the price, queue it; all in the caller's one transaction."""
     ready = await prepare(session, who, body, catalog, default_model, lock=True)
+    return await accept(session, who, body, ready), ready
+
+
+async def accept(session: AsyncSession, who: Principal, body: CreateJob, ready: Prepared, **fields: Any) -> TrainingJob:
+    """Insert a prepared job with its hold; ``fields``: further columns. Raises BudgetExceeded."""
     hyperparameters = ready.preset.hyperparameters
     job = TrainingJob(
         id=uuid7(),
@@ -165,15 +170,17 @@ async def create(
         price_version_id=ready.price.id,
         price_microusd_per_hour=ready.price.gpu_microusd_per_hour[ready.gpu.id],
         parent_model_id=body.parent_model_id,
+        **fields,
     )
     await budget.lock_team(session, who.team_id)
     session.add(job)
     await session.flush()
     await budget.hold(session, who.team_id, job.id, ready.upper_microusd)
     await lifecycle.append_event(session, job.id, "stage", lifecycle.stage_payload(job))
-    audit(session, "create", "job", job.id, user_id=who.user_id, team_id=who.team_id)
+    action = "retry" if job.retry_of else "create"
+    audit(session, action, "job", job.id, user_id=who.user_id, team_id=who.team_id)
     await session.flush()
-    return job, ready
+    return job
 
 
 async def listed(

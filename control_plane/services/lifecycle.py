@@ -6,6 +6,7 @@ discards what it was about to do.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import func, select, update
@@ -13,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import Conflict
 from control_plane.services import budget, outbox
-from control_plane.states import AFTER_STOP, TERMINAL, Stage, Status, StopReason, may, sources
-from control_plane.tables import CostRecord, JobEvent, TrainingJob, Verdict, now
+from control_plane.states import ACTIVE, AFTER_STOP, TERMINAL, Stage, Status, StopReason, may, sources
+from control_plane.tables import CostRecord, JobEvent, JobLog, TrainingJob, Verdict, now
 from control_plane.tables.money import CostType
 
 AnyWork = TrainingJob | Verdict
@@ -114,29 +115,92 @@ async def append_events(
 async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason) -> bool:
     """End or pause ``work``: at once if nothing runs (True), else by asking the scheduler (False).
 
-    A stronger reason replaces a weaker one that was asked before; repeating is harmless.
+    A stronger reason replaces a weaker one that was asked before; repeating is harmless. A user's pause of a job that
+    the budget has paused keeps it from going on by itself.
     Raises ``Conflict`` when the work has ended, or is already where the request would bring it.
     """
     await session.refresh(work, with_for_update=True)
-    target = AFTER_STOP[reason]
-    if work.status in (Status.QUEUED, Status.PAUSED):
-        paused_by = reason if target is Status.PAUSED else None
-        if not may(work.status, target) or not await transition(session, work, target, paused_by=paused_by):
-            raise Conflict(f"A {work.status} job cannot be stopped by {reason}")
+    if work.status in ACTIVE:
+        await _ask_to_stop(session, work, reason)
+        return False
+    if work.status is Status.PAUSED and reason is StopReason.PAUSE and work.paused_by is not StopReason.PAUSE:
+        work.paused_by, work.queue_reason = StopReason.PAUSE, None
+        await _tell_stage(session, work)
         return True
-    if work.status in TERMINAL:
-        raise Conflict(f"The job is already {work.status}")
-    if stronger(reason, work.stop_requested) is not work.stop_requested:
-        work.stop_requested = reason
-        await session.flush()
-        if isinstance(work, TrainingJob):
-            await append_event(session, work.id, "stage", stage_payload(work))
-    return False
+    target = AFTER_STOP[reason]
+    paused_by = reason if target is Status.PAUSED else None
+    if not may(work.status, target) or not await transition(session, work, target, paused_by=paused_by):
+        raise Conflict(refusal(reason.lower(), work))
+    return True
+
+
+async def _ask_to_stop(session: AsyncSession, work: AnyWork, reason: StopReason) -> None:
+    if stronger(reason, work.stop_requested) is work.stop_requested:
+        return
+    work.stop_requested = reason
+    if isinstance(work, TrainingJob):
+        await note(session, work, "INFO", STOPPING[reason])
+    await _tell_stage(session, work)
+
+
+async def _tell_stage(session: AsyncSession, work: AnyWork) -> None:
+    await session.flush()
+    if isinstance(work, TrainingJob):
+        await append_event(session, work.id, "stage", stage_payload(work))
+
+
+STOPPING = {
+    StopReason.CANCEL: "Stopping: the job is being cancelled. Its last checkpoint stays.",
+    StopReason.PAUSE: "Stopping: the job is being paused, with a checkpoint from which it will go on.",
+    StopReason.BUDGET: "Stopping: the GPU time that was granted is used up. The job saves a checkpoint.",
+    StopReason.PREEMPT: "Stopping: the GPUs are needed elsewhere. The job saves a checkpoint and queues again.",
+}
+
+
+def refusal(action: str, work: AnyWork) -> str:
+    """Why ``action`` (cancel, pause, resume, retry) is not for work in this status, and what is instead."""
+    here = f"POST /api/jobs/{work.id}"
+    instead = {
+        Status.QUEUED: f"it starts by itself; {here}/pause or {here}/cancel keeps it from that",
+        Status.INITIALIZING: f"wait until it has ended, or stop it: {here}/pause or {here}/cancel",
+        Status.RUNNING: f"wait until it has ended, or stop it: {here}/pause or {here}/cancel",
+        Status.PAUSED: f"{here}/resume lets it go on, {here}/cancel ends it",
+        Status.COMPLETED: "its model is there; POST /api/jobs starts another job, from it with parentModelId",
+        Status.FAILED: f"{here}/retry makes a new job that goes on from its last checkpoint",
+        Status.CANCELLED: f"{here}/retry makes a new job that goes on from its last checkpoint",
+    }[work.status]
+    if work.status in ACTIVE and work.stop_requested:
+        instead = "it is stopping already; wait until it has stopped"
+    return f"Cannot {action} a job that is {work.status}: {instead}"
 
 
 def stronger(one: StopReason | None, other: StopReason | None) -> StopReason | None:
     """Of two stop requests the one that wins: a cancel over a pause, a user's over the platform's."""
     return max(one, other, key=lambda reason: -1 if reason is None else _STRENGTH.index(reason))
+
+
+async def note(
+    session: AsyncSession, job: TrainingJob, level: str, message: str, metadata: dict[str, Any] | None = None
+) -> None:
+    """A log entry of the platform's own."""
+    entry = log_entry(job.id, now(), level, message, metadata)
+    session.add(entry)
+    await append_event(session, job.id, "log", log_payload(entry))
+
+
+def log_entry(job_id: str, at: datetime, level: str, message: str, metadata: dict[str, Any] | None = None) -> JobLog:
+    return JobLog(job_id=job_id, timestamp=at, level=level, message=message, details=metadata)
+
+
+def log_payload(entry: JobLog) -> dict[str, Any]:
+    """The stream's ``log`` event."""
+    payload = {"timestamp": iso(entry.timestamp), "level": entry.level, "message": entry.message}
+    return {**payload, "metadata": entry.details} if entry.details else payload
+
+
+def iso(at: datetime) -> str:
+    """UTC with milliseconds and Z."""
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def stage_payload(job: TrainingJob) -> dict[str, Any]:

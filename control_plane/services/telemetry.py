@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.schemas.base import Pagination
 from control_plane.schemas.jobs import AttemptOut, CheckpointOut, LogOut, MetricsOut
+from control_plane.services.lineage import inherited
 from control_plane.services.listing import Paging, paginate
 from control_plane.states import WorkKind
 from control_plane.tables import Attempt, Checkpoint, JobLog, MetricsPoint
@@ -24,15 +25,19 @@ class Point(NamedTuple):
 
 
 async def metrics(session: AsyncSession, job_id: str, max_points: int = HISTORY_POINTS) -> list[MetricsOut]:
-    """A job's curve in at most ``max_points`` (≥ 2) points: the ends, the extremes of the loss, the evaluations."""
+    """A job's curve in at most ``max_points`` (≥ 2) points: the ends, the extremes of the loss, the evaluations.
+
+    A job that goes on from others (``retryOf``) has their steps before its own.
+    """
     table = MetricsPoint
+    wanted = table.job_id == job_id
+    for stretch in await inherited(session, job_id):
+        wanted |= (table.job_id == stretch.job_id) & (table.step <= stretch.up_to_step)
     light = await session.execute(
-        select(table.step, table.training_loss, table.validation_loss.is_not(None))
-        .where(table.job_id == job_id)
-        .order_by(table.step)
+        select(table.step, table.training_loss, table.validation_loss.is_not(None)).where(wanted).order_by(table.step)
     )
     points = [Point(*row) for row in light]
-    query = select(table).where(table.job_id == job_id).order_by(table.step)
+    query = select(table).where(wanted).order_by(table.step)
     if len(points) > max_points:
         query = query.where(table.step.in_(downsample(points, max_points)))
     return [MetricsOut.of(row) for row in await session.scalars(query)]
