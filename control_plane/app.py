@@ -26,6 +26,7 @@ from control_plane.api import (
     notices,
     objects,
     streams,
+    webhooks,
 )
 from control_plane.api.errors import answer_failure
 from control_plane.api.follower import Follower
@@ -59,6 +60,7 @@ ROUTES = (
     notices.stats,
     objects.ObjectController,
     streams.stream,
+    webhooks.WebhookController,
 )
 
 
@@ -68,7 +70,7 @@ def create_app(settings: Settings | None = None) -> Litestar:
     secret = settings.secret
     installation = context.Installation(
         settings=settings,
-        database=Database(settings.database_url),
+        database=Database(settings.database_url, mail=settings.mails),
         storage=Storage(settings.storage_url, UrlSigner(secret, settings.public_url)),
         catalog=Catalog.load(settings),
         secret=secret,

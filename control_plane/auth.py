@@ -67,6 +67,8 @@ READ = Access(scope=Scope.READ)
 TRAIN = Access(scope=Scope.TRAIN)
 MANAGE = Access(scope=Scope.ADMIN)
 """The caller's own account and keys."""
+OWN = Access(scope=Scope.ADMIN, owner=True)
+"""What the team has and its owner manages."""
 SEE_COSTS = Access(scope=Scope.READ, billing=True)
 SET_BUDGET = Access(scope=Scope.ADMIN, owner=True, billing=True)
 

@@ -50,6 +50,10 @@ class Settings:
     lease_timeout_s: float = _setting(10.0, "a scheduler whose beat stands still this long is superseded, seconds")
     allowance_s: int = _setting(1800, "GPU-seconds a rank may go on without hearing from a scheduler")
 
+    webhook_networks: str = _setting("public", "where webhooks may lead: public addresses only, or any")
+    smtp_url: str = _setting("", "server for mail: smtp://user:password@host:587, or smtps://…; empty: no mail")
+    mail_from: str = _setting("", "sender of mail; empty: no mail")
+
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
             if not getattr(self, name):
@@ -84,6 +88,11 @@ class Settings:
     def secret(self) -> bytes:
         """Key of signed URLs; one per installation, made by ``brightrun up`` (or placed there by the operator)."""
         return (self.data_dir / "secret").read_bytes()
+
+    @property
+    def mails(self) -> bool:
+        """Whether notifications go out by mail too."""
+        return bool(self.smtp_url and self.mail_from)
 
     @property
     def is_sqlite(self) -> bool:

@@ -24,6 +24,7 @@ from scheduler.cluster.executor import RayExecutor
 from scheduler.cluster.head import token_file
 from scheduler.lease import LeaseLost
 from scheduler.loop import ClusterLost, Scheduler
+from scheduler.network import NetworkCarrier
 from scheduler.tracking import MlflowTracking
 
 log = logging.getLogger("scheduler")
@@ -53,7 +54,7 @@ async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, mail=settings.mails)
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
     token = Path(given) if given else token_file(settings.data_dir)
     executor = RayExecutor(settings.ray_address, token_file=token, work_root=settings.work_dir)
@@ -65,6 +66,7 @@ async def serve(settings: Settings) -> int:
         executor,
         tracking,
         Storage(settings.storage_url),
+        carrier=NetworkCarrier(settings),
         reached=take_signals_back,
     )
     try:

@@ -21,7 +21,9 @@ from control_plane.settings import Settings
 from control_plane.states import Status, StopReason
 from control_plane.tables import Attempt, ClusterState, TrainingJob, now
 from scheduler import retention
+from scheduler.carrier import Carrier
 from scheduler.collect import Collector
+from scheduler.deliver import Deliverer
 from scheduler.dispatch import Dispatcher
 from scheduler.executor import Executor, Look, StaleEpoch, Unreachable
 from scheduler.lease import Lease, LeaseLost
@@ -71,9 +73,10 @@ class Scheduler:
         storage: retention.ObjectStore,
         *,
         lease: Lease | None = None,
+        carrier: Carrier | None = None,
         reached: Callable[[], None] = lambda: None,
     ) -> None:
-        """``reached`` is called when the cluster is seen for the first time."""
+        """Without a ``carrier`` the outbox is left alone. ``reached`` is called when the cluster is first seen."""
         self._settings = settings
         self._catalog = catalog
         self._database = database
@@ -83,6 +86,7 @@ class Scheduler:
         self.lease = lease or Lease(database, settings.lease_timeout_s)
         self._wake = asyncio.Event()
         self._mirror = Mirror(database, self.lease, tracking)
+        self._deliverer = Deliverer(database, self.lease, carrier) if carrier else None
         self._dispatcher = Dispatcher(settings, catalog, database, self.lease, executor, tracking)
         self._collector = Collector(
             database, self.lease, executor, storage, allowance_s=settings.allowance_s, ended=self._wake.set
@@ -123,6 +127,8 @@ class Scheduler:
             await prices.ensure_first(session, self._catalog)
         self._group.create_task(self.lease.keep_beating())
         self._group.create_task(self._mirror.run())
+        if self._deliverer is not None:
+            self._group.create_task(self._deliverer.run())
         self._spawn("sweep", retention.sweep(self._database, self._storage))
         while True:
             try:
