@@ -144,7 +144,7 @@ class Collector:
             if claimed is None:
                 return None
             obsolete = await _store(session, claimed, heard, batch.usage)
-            allowance_ms = await self._allowance_ms(session, claimed)
+            allowance_ms = await self._allowance_ms(session, claimed) if ending is None else None
             if ending is not None:
                 await finish(session, claimed, ending)
         if ending is not None:
@@ -157,7 +157,9 @@ class Collector:
         attempt, work = claimed
         if not isinstance(work, TrainingJob):
             return None
-        return await ledger.allowance_ms(session, work, attempt, self._ahead_ms * work.gpu_count)
+        ahead_ms = self._ahead_ms * work.gpu_count
+        await ledger.reserve(session, work, ahead_ms=ahead_ms)
+        return await ledger.allowance_ms(session, work, attempt, ahead_ms)
 
     async def _times(self, name: str, known: list[RankTimes]) -> list[RankTimes]:
         """The ranks' times once Ray has recorded their ends; what is known after a while if it does not."""

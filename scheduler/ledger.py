@@ -1,25 +1,30 @@
 """The one writer of COMPUTE records and of attempt usage. Everything runs in the caller's transaction, under the job
 row's lock.
 
-GPU time is cumulative per (attempt, rank, kind) and only ever raised; a job is billed for all of it that is not
-absorbed: round_half_even(Σ billed ms × price per hour / 3,600,000), posted as the difference to what was posted
-before, so that repeats change nothing and rounding never accumulates. ``details.gpuMs`` is signed: a reversal's is
-negative, and an ``absorbed`` record carries the platform's time with amount 0.
+GPU time is cumulative per (attempt, rank, kind) and only ever raised. An attempt is billed for all of its time that is
+not absorbed, posted as the difference to what was posted before; the job's amount is round_half_even(Σ posted ms ×
+price per hour / 3,600,000) after every posting, so that repeats change nothing and rounding never accumulates.
+``details.gpuMs`` is signed: a reversal's is negative, and an ``absorbed`` record carries the platform's time with
+amount 0.
+
+What an attempt may use is reserved before it is granted: the job's hold is raised out of the team's free budget, under
+the lock of the team's row, so that no two jobs are granted the same money.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import NamedTuple
 
-from sqlalchemy import BigInteger, ColumnElement, case, cast, func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.money import charge
 from control_plane.services import budget
-from control_plane.states import Outcome, StopReason
-from control_plane.tables import Attempt, AttemptUsage, BudgetHold, Checkpoint, CostRecord, PriceVersion, Team, now
+from control_plane.states import TERMINAL, Outcome, StopReason
+from control_plane.tables import Attempt, AttemptUsage, BudgetHold, Checkpoint, CostRecord, PriceVersion, now
 from control_plane.tables import TrainingJob as Job
-from control_plane.tables.money import CostType
+from control_plane.tables.money import CostType, gpu_ms_of_record, kind_of_record
 from scheduler.executor import RankTimes
 
 Usage = dict[str, dict[str, int]]
@@ -27,20 +32,26 @@ Usage = dict[str, dict[str, int]]
 
 POSTING_MS = 10_000
 """GPU time that may stand unposted while a job runs."""
+RESERVE_MS = 60_000
+"""GPU time of each rank that a running job keeps reserved ahead of its use, as far as the budget allows."""
 TAIL = "tail"
 MS_PER_HOUR = 3_600_000
 
 
 class Posted(NamedTuple):
-    """What a job's COMPUTE records say."""
+    """What a job's COMPUTE records say, and those of one attempt."""
 
     amount_microusd: int
     gpu_ms: int
     """Charged less reversed."""
+    attempt_ms: int
+    attempt_absorbed_ms: int
 
 
 async def record(session: AsyncSession, attempt: Attempt, usage: Usage) -> None:
-    """Raise the attempt's usage to ``usage``; lower or equal figures change nothing."""
+    """Raise the attempt's usage to ``usage``; lower or equal figures, and an attempt that has ended, change nothing."""
+    if attempt.outcome is not None:
+        return
     rows = await _usage_rows(session, attempt.id)
     for rank, kinds in usage.items():
         for kind, gpu_ms in kinds.items():
@@ -55,15 +66,16 @@ async def record(session: AsyncSession, attempt: Attempt, usage: Usage) -> None:
 
 
 async def post(session: AsyncSession, job: Job, attempt: Attempt, *, least_ms: int = POSTING_MS) -> bool:
-    """Post what the job owes beyond what is posted, once it is at least ``least_ms`` of GPU time. True if it did."""
-    posted = await posted_for(session, job.id)
-    billed_ms = await _billed_ms(session, job.id)
-    difference = billed_ms - posted.gpu_ms
+    """Post what the attempt owes beyond what is posted, once it is at least ``least_ms``. True if it did."""
+    posted = await _posted(session, job.id, attempt.id)
+    difference = await _billed_ms(session, job.id, attempt.id) - posted.attempt_ms
     if difference == 0 or abs(difference) < least_ms:
         return False
-    amount = charge(billed_ms, job.price_microusd_per_hour) - posted.amount_microusd
+    amount = charge(posted.gpu_ms + difference, job.price_microusd_per_hour) - posted.amount_microusd
     await _write(session, job, attempt, "charge" if difference > 0 else "reversal", difference, amount)
     job.current_cost_microusd = posted.amount_microusd + amount
+    if job.status in TERMINAL:
+        job.final_cost_microusd = job.current_cost_microusd
     await session.flush()
     return True
 
@@ -80,14 +92,24 @@ async def settle(
     """Close the attempt's account: absorb what the platform lost and the tails, post or reverse the rest."""
     rows = await _usage_rows(session, attempt.id)
     if outcome is Outcome.FAULT or stop_reason is StopReason.PREEMPT:
-        await _absorb_lost(session, attempt, rows)
+        _absorb_beyond(rows, await _last_stamp(session, attempt.id))
     _absorb_tails(session, attempt, rows, times)
-    await session.flush()
-    await post(session, job, attempt, least_ms=0)
-    absorbed_ms = sum(row.absorbed_ms for row in (await _usage_rows(session, attempt.id)).values())
-    if absorbed_ms:
-        await _write(session, job, attempt, "absorbed", absorbed_ms, 0)
-    await session.flush()
+    await _balance(session, job, attempt)
+
+
+async def absorb_past(session: AsyncSession, job: Job, checkpoint: Checkpoint | None) -> bool:
+    """The job's newer checkpoints were torn: what its attempts that have ended were billed past ``checkpoint`` (None:
+    from the start) is the platform's. True if that was anything."""
+    ended = select(Attempt).where(Attempt.work_id == job.id, Attempt.outcome.is_not(None)).order_by(Attempt.number)
+    absorbed, reached = False, checkpoint is None
+    for attempt in await session.scalars(ended):
+        stamp: Usage = {}
+        if checkpoint is not None and attempt.id == checkpoint.attempt_id:
+            stamp, reached = checkpoint.usage, True
+        if reached:
+            _absorb_beyond(await _usage_rows(session, attempt.id), stamp)
+            absorbed = await _balance(session, job, attempt) or absorbed
+    return absorbed
 
 
 def held_ms(times: list[RankTimes]) -> int | None:
@@ -97,29 +119,31 @@ def held_ms(times: list[RankTimes]) -> int | None:
     return sum(rank.end_ms - rank.start_ms for rank in times)
 
 
-async def posted_for(session: AsyncSession, job_id: str) -> Posted:
-    billed = CostRecord.details["kind"].as_string().in_(("charge", "reversal"))
-    row = (
-        await session.execute(
-            select(
-                func.coalesce(func.sum(CostRecord.amount_microusd), 0),
-                func.coalesce(func.sum(case((billed, recorded_ms()), else_=0)), 0),
-            ).where(CostRecord.job_id == job_id, CostRecord.cost_type == CostType.COMPUTE)
-        )
-    ).one()
-    return Posted(int(row[0]), int(row[1]))
-
-
-def recorded_ms() -> ColumnElement[int]:
-    """``details.gpuMs`` of a cost record."""
-    return cast(CostRecord.details["gpuMs"].as_string(), BigInteger)
+async def reserve(session: AsyncSession, job: Job, *, ahead_ms: int) -> None:
+    """Raise the job's hold, so far as the team's free budget goes, when it runs out within ``RESERVE_MS`` a rank (or
+    ``ahead_ms``, if that is less). To be called in the transaction that stores usage, before ``allowance_ms``."""
+    limit = await covered_ms(session, job)
+    ahead_ms = min(ahead_ms, RESERVE_MS * job.gpu_count)
+    billed_ms = await _billed_ms(session, job.id)
+    if limit is None or limit - billed_ms >= ahead_ms:
+        return
+    await budget.lock_team(session, job.team_id)
+    free = await budget.available(session, job.team_id) or 0
+    hold = await session.scalar(
+        select(BudgetHold).where(BudgetHold.job_id == job.id).execution_options(populate_existing=True)
+    )
+    if hold is not None and free > 0:
+        wanted = charge(billed_ms + 2 * ahead_ms, job.price_microusd_per_hour)
+        payable = max(hold.amount_microusd, job.current_cost_microusd) + free
+        hold.amount_microusd = max(hold.amount_microusd, min(wanted, payable))
+        await session.flush()
 
 
 async def allowance_ms(session: AsyncSession, job: Job, attempt: Attempt, ahead_ms: int) -> int:
-    """GPU-milliseconds that the attempt may use in all: ``ahead_ms`` more than now, as far as the budget pays."""
+    """GPU-milliseconds that the attempt may use in all: ``ahead_ms`` more than now, as far as the job's hold pays."""
     rows = (await _usage_rows(session, attempt.id)).values()
     used = sum(row.gpu_ms for row in rows)
-    limit = await payable_ms(session, job)
+    limit = await covered_ms(session, job)
     if limit is None:
         return used + ahead_ms
     unbilled = sum(row.absorbed_ms for row in rows)
@@ -127,14 +151,20 @@ async def allowance_ms(session: AsyncSession, job: Job, attempt: Attempt, ahead_
     return max(0, min(used + ahead_ms, limit - elsewhere + unbilled))
 
 
+async def covered_ms(session: AsyncSession, job: Job) -> int | None:
+    """Billed GPU-milliseconds that the job's hold pays for, less what the team's budget lacks; None: no budget."""
+    free = await budget.available(session, job.team_id)
+    if free is None or job.price_microusd_per_hour == 0:
+        return None
+    return _ms_for(await _hold_microusd(session, job.id) + min(free, 0), job)
+
+
 async def payable_ms(session: AsyncSession, job: Job) -> int | None:
     """Billed GPU-milliseconds that the job's hold and the team's free budget pay for; None: no budget is set."""
-    team = await session.get_one(Team, job.team_id)
-    if team.monthly_budget_microusd is None or job.price_microusd_per_hour == 0:
+    free = await budget.available(session, job.team_id)
+    if free is None or job.price_microusd_per_hour == 0:
         return None
-    free = await budget.available(session, job.team_id) or 0
-    hold = await session.scalar(select(BudgetHold.amount_microusd).where(BudgetHold.job_id == job.id)) or 0
-    return max(0, hold + free) * MS_PER_HOUR // job.price_microusd_per_hour
+    return _ms_for(max(await _hold_microusd(session, job.id), job.current_cost_microusd) + free, job)
 
 
 async def can_go_on(session: AsyncSession, job: Job) -> bool:
@@ -143,27 +173,61 @@ async def can_go_on(session: AsyncSession, job: Job) -> bool:
     return limit is None or limit > await _billed_ms(session, job.id)
 
 
+def _ms_for(amount_microusd: int, job: Job) -> int:
+    return max(0, amount_microusd) * MS_PER_HOUR // job.price_microusd_per_hour
+
+
+async def _hold_microusd(session: AsyncSession, job_id: str) -> int:
+    return await session.scalar(select(BudgetHold.amount_microusd).where(BudgetHold.job_id == job_id)) or 0
+
+
+async def _posted(session: AsyncSession, job_id: str, attempt_id: str) -> Posted:
+    billed = kind_of_record().in_(("charge", "reversal"))
+    ours = CostRecord.attempt_id == attempt_id
+    sums = [
+        func.coalesce(func.sum(figure), 0)
+        for figure in (
+            CostRecord.amount_microusd,
+            case((billed, gpu_ms_of_record()), else_=0),
+            case((billed & ours, gpu_ms_of_record()), else_=0),
+            case((~billed & ours, gpu_ms_of_record()), else_=0),
+        )
+    ]
+    found = await session.execute(
+        select(*sums).where(CostRecord.job_id == job_id, CostRecord.cost_type == CostType.COMPUTE)
+    )
+    return Posted(*map(int, found.one()))
+
+
 async def _usage_rows(session: AsyncSession, attempt_id: str) -> dict[tuple[int, str], AttemptUsage]:
     rows = await session.scalars(select(AttemptUsage).where(AttemptUsage.attempt_id == attempt_id))
     return {(row.rank, row.kind): row for row in rows}
 
 
-async def _billed_ms(session: AsyncSession, job_id: str) -> int:
-    total = await session.scalar(
+async def _billed_ms(session: AsyncSession, job_id: str, attempt_id: str | None = None) -> int:
+    """Of the job, or of one attempt."""
+    total = (
         select(func.coalesce(func.sum(AttemptUsage.gpu_ms - AttemptUsage.absorbed_ms), 0))
         .join(Attempt, Attempt.id == AttemptUsage.attempt_id)
         .where(Attempt.work_id == job_id)
     )
-    return int(total or 0)
+    if attempt_id is not None:
+        total = total.where(Attempt.id == attempt_id)
+    return int(await session.scalar(total) or 0)
 
 
-async def _absorb_lost(session: AsyncSession, attempt: Attempt, rows: dict[tuple[int, str], AttemptUsage]) -> None:
-    """Everything after the attempt's last stored checkpoint is the platform's; all of it if there is none."""
-    saved = await session.scalar(
-        select(Checkpoint.usage).where(Checkpoint.attempt_id == attempt.id).order_by(Checkpoint.step.desc()).limit(1)
+async def _last_stamp(session: AsyncSession, attempt_id: str) -> Usage:
+    """The attempt's usage when it wrote its last stored checkpoint; nothing if there is none."""
+    stamp: Usage | None = await session.scalar(
+        select(Checkpoint.usage).where(Checkpoint.attempt_id == attempt_id).order_by(Checkpoint.step.desc()).limit(1)
     )
+    return stamp or {}
+
+
+def _absorb_beyond(rows: dict[tuple[int, str], AttemptUsage], stamp: Usage) -> None:
+    """What was used after ``stamp`` is the platform's. A rank that the stamp does not know has saved nothing."""
     for (rank, kind), row in rows.items():
-        kept = (saved or {}).get(str(rank), {}).get(kind, 0)
+        kept = stamp.get(str(rank), {}).get(kind, 0)
         row.absorbed_ms = max(row.absorbed_ms, row.gpu_ms - min(kept, row.gpu_ms))
 
 
@@ -178,8 +242,24 @@ def _absorb_tails(
             session.add(AttemptUsage(attempt_id=attempt.id, rank=rank.rank, kind=TAIL, gpu_ms=tail, absorbed_ms=tail))
 
 
+async def _balance(session: AsyncSession, job: Job, attempt: Attempt) -> bool:
+    """Make the records of an attempt that has ended say what its usage says. True if they did not."""
+    await session.flush()
+    posted = await post(session, job, attempt, least_ms=0)
+    absorbed_ms = sum(row.absorbed_ms for row in (await _usage_rows(session, attempt.id)).values())
+    unrecorded = absorbed_ms - (await _posted(session, job.id, attempt.id)).attempt_absorbed_ms
+    if unrecorded:
+        await _write(session, job, attempt, "absorbed", unrecorded, 0)
+        await session.flush()
+    return posted or bool(unrecorded)
+
+
 async def _write(session: AsyncSession, job: Job, attempt: Attempt, kind: str, gpu_ms: int, amount: int) -> None:
+    """A job's records are ordered by ``recorded_at``, whatever the clocks of successive schedulers say."""
     at = now()
+    last_at = await session.scalar(select(func.max(CostRecord.recorded_at)).where(CostRecord.job_id == job.id))
+    if last_at is not None and last_at >= at:
+        at = last_at + timedelta(microseconds=1)
     version = await session.scalar(select(PriceVersion.number).where(PriceVersion.id == job.price_version_id))
     session.add(
         CostRecord(
@@ -198,5 +278,7 @@ async def _write(session: AsyncSession, job: Job, attempt: Attempt, kind: str, g
             },
             billing_period=at.replace(hour=0, minute=0, second=0, microsecond=0),
             recorded_at=at,
+            created_at=at,
+            updated_at=at,
         )
     )

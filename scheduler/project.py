@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from control_plane.money import usd
 from control_plane.services import datasets
 from control_plane.services.lifecycle import (
     NewEvent,
@@ -19,7 +20,8 @@ from control_plane.services.lifecycle import (
     transition,
 )
 from control_plane.states import Stage, Status
-from control_plane.tables import Attempt, Checkpoint, MetricsPoint, TrainingJob, Verdict
+from control_plane.tables import Attempt, Checkpoint, MetricsPoint, TrainingJob, Verdict, now
+from scheduler import ledger, retention
 from scheduler.heard import Adapter, Heard, Pending, Started, Stored
 from trainer import protocol
 from trainer.protocol import Evaluation, Failed, Finished, Log, Metrics, Phase, Plan, Sample
@@ -36,6 +38,7 @@ PENDING_REASONS = {
 }
 PACE_STEPS = 20
 """Steps over which the time to completion is estimated."""
+TORN = "Work that is lost is not billed. Checkpoints that are not whole and were given up, of step"
 MIB = 1024 * 1024
 
 
@@ -152,9 +155,35 @@ class JobProjection:
         self._attempt.resumed_from = event.checkpoint_id
         whence = f", going on from step {event.step}" if event.checkpoint_id else ""
         self._log(heard, "INFO", f"Attempt {self._attempt.number} runs{whence}")
+        await self._give_up_torn(heard, event.checkpoint_id)
         await self._flush()
         started = {"started_at": self._job.started_at or heard.at, "queue_reason": None}
         await transition(self._session, self._job, Status.RUNNING, attempt=self._attempt.number, **started)
+
+    async def _give_up_torn(self, heard: Heard, used_id: str | None) -> None:
+        """The checkpoints that are newer than the one that was used are not whole: they are not offered again, and what
+        was billed for the work that they held is the platform's."""
+        offered = [
+            point
+            for point in await retention.resume_points(self._session, self._job)
+            if point.attempt_id != self._attempt.id
+        ]
+        used = next((point for point in offered if point.id == used_id), None)
+        if used is None and used_id is not None:
+            return
+        torn = offered[: offered.index(used)] if used else offered
+        for job_id in dict.fromkeys(point.job_id for point in torn):
+            ours = job_id == self._job.id
+            job = self._job if ours else await self._session.get_one(TrainingJob, job_id, with_for_update=True)
+            await ledger.absorb_past(self._session, job, used if used and used.job_id == job_id else None)
+        for point in torn:
+            point.deleted_at = now()
+        if torn:
+            steps = ", ".join(str(point.step) for point in torn)
+            entry = log_entry(self._job.id, heard.at, "WARNING", f"{TORN} {steps}", None)
+            self._session.add(entry)
+            self._out.append(NewEvent("log", log_payload(entry), f"{heard.number}.torn"))
+            self._out.append(NewEvent("cost", cost_payload(self._job), f"{heard.number}.cost"))
 
     def _on_plan(self, event: Plan) -> None:
         self._job.total_steps = event.total_steps
@@ -250,6 +279,13 @@ class VerdictProjection:
                     self._verdict.error_message = " ".join(filter(None, (event.message, event.advice)))
                     self._verdict.error_stack = event.stack or None
         await self._session.flush()
+
+
+def cost_payload(job: TrainingJob) -> dict[str, Any]:
+    return {
+        "currentCost": usd(job.current_cost_microusd),
+        "estimatedTotalCost": usd(job.estimated_total_cost_microusd),
+    }
 
 
 def progress_payload(job: TrainingJob) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from control_plane.tables import (
     PriceVersion,
     TrainingJob,
 )
-from control_plane.tables.money import CostType, HoldState
-from scheduler.ledger import posted_for, recorded_ms
+from control_plane.tables.money import CostType, HoldState, gpu_ms_of_record, kind_of_record
 
 TOLERANCE_MS = 250
 """By which reported and held time of one rank may differ."""
@@ -73,13 +72,21 @@ async def _check_price(session: AsyncSession, job: TrainingJob) -> list[Violatio
 
 async def _check_postings(session: AsyncSession, job: TrainingJob, usage: _Usage) -> list[Violation]:
     found = []
-    posted = await posted_for(session, job.id)
-    owed = charge(posted.gpu_ms, job.price_microusd_per_hour)
-    if posted.amount_microusd != owed:
-        found.append(Violation("rounded once", job.id, f"{posted.amount_microusd} posted for what costs {owed}"))
+    row = (
+        await session.execute(
+            select(
+                func.coalesce(func.sum(CostRecord.amount_microusd), 0),
+                func.coalesce(func.sum(gpu_ms_of_record()).filter(kind_of_record() != "absorbed"), 0),
+            ).where(CostRecord.job_id == job.id)
+        )
+    ).one()
+    posted_amount, posted_ms = int(row[0]), int(row[1])
+    owed = charge(posted_ms, job.price_microusd_per_hour)
+    if posted_amount != owed:
+        found.append(Violation("rounded once", job.id, f"{posted_amount} posted for what costs {owed}"))
     billed_ms = usage.gpu_ms - usage.absorbed_ms
-    if posted.gpu_ms > billed_ms or (job.status in TERMINAL and posted.gpu_ms != billed_ms):
-        found.append(Violation("posted what was used", job.id, f"{posted.gpu_ms} ms posted, {billed_ms} ms to bill"))
+    if posted_ms > billed_ms or (job.status in TERMINAL and posted_ms != billed_ms):
+        found.append(Violation("posted what was used", job.id, f"{posted_ms} ms posted, {billed_ms} ms to bill"))
     return found
 
 
@@ -101,7 +108,7 @@ async def _check_attempts(session: AsyncSession, job: TrainingJob) -> list[Viola
         if attempt.held_ms is not None and abs(used - attempt.held_ms) > tolerance:
             found.append(Violation("billed + absorbed = held", attempt.id, f"{used} of {attempt.held_ms} ms"))
         recorded = await session.scalar(
-            select(func.coalesce(func.sum(recorded_ms()), 0)).where(
+            select(func.coalesce(func.sum(gpu_ms_of_record()), 0)).where(
                 CostRecord.attempt_id == attempt.id, CostRecord.details["kind"].as_string() == "absorbed"
             )
         )

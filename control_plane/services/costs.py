@@ -15,7 +15,6 @@ from control_plane.money import microusd, usd
 from control_plane.schemas.base import Pagination
 from control_plane.schemas.costs import Alert, CostGroup, Summary
 from control_plane.services import budget
-from control_plane.services.accounts import audit
 from control_plane.services.alerts import THRESHOLDS, cost_alerts
 from control_plane.services.listing import Paging, paginate
 from control_plane.services.scope import Principal
@@ -120,10 +119,7 @@ async def set_budget(session: AsyncSession, who: Principal, amount: Decimal | No
     if amount is not None and amount != round(amount, 6):
         raise ValidationFailed.field("monthlyBudget", "Must have at most six decimals")
     limit = None if amount is None else microusd(amount)
-    team = await budget.lock_team(session, who.team_id)
-    team.monthly_budget_microusd = limit
-    audit(session, "set budget", "team", team.id, user_id=who.user_id, team_id=team.id)
-    await session.flush()
+    team = await budget.change(session, who.team_id, limit, user_id=who.user_id)
     await cost_alerts(session, team.id)
     return team
 

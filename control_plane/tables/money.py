@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String
+from sqlalchemy import BigInteger, ColumnElement, ForeignKey, Index, Integer, String, cast
 from sqlalchemy.orm import Mapped, mapped_column
 
 from control_plane.tables.base import Base, Json, Row, enum_column, now
@@ -54,6 +54,17 @@ class CostRecord(Owned, Row, Base):
     recorded_at: Mapped[datetime] = mapped_column(default=now)
     dedupe_key: Mapped[str | None] = mapped_column(String(120), unique=True)
     """Of what is accrued once a period (``storage:<team>:<day>``); COMPUTE records have none."""
+
+
+def kind_of_record() -> ColumnElement[str]:
+    """``details.kind``, in SQL."""
+    kind: ColumnElement[str] = CostRecord.details["kind"].as_string()
+    return kind
+
+
+def gpu_ms_of_record() -> ColumnElement[int]:
+    """``details.gpuMs``, in SQL; signed."""
+    return cast(CostRecord.details["gpuMs"].as_string(), BigInteger)
 
 
 class BudgetHold(Row, Base):

@@ -228,7 +228,7 @@ async def test_who_bears_what_follows_the_last_checkpoint(
     assert await violations(database) == []
 
 
-async def test_the_allowance_grows_with_use_and_stops_at_the_budget(database: Database) -> None:
+async def test_the_allowance_grows_with_use_and_stops_at_the_hold(database: Database) -> None:
     async with database.write() as session:
         rich = await make_running_job(session)
         poor_team = await make_team(session, budget_microusd=10_000)
@@ -236,7 +236,9 @@ async def test_the_allowance_grows_with_use_and_stops_at_the_budget(database: Da
         for _, attempt in (rich, poor):
             await ledger.record(session, attempt, {"0": {"training": 20_000}})
         assert await ledger.allowance_ms(session, *rich, ahead_ms=1_800_000) == 1_820_000
-        assert await ledger.allowance_ms(session, *poor, ahead_ms=30_000) == 50_000
+        assert await ledger.allowance_ms(session, *poor, ahead_ms=10_000) == 30_000
+        assert await ledger.allowance_ms(session, *poor, ahead_ms=1_800_000) == 40_000
+        await ledger.reserve(session, poor[0], ahead_ms=1_800_000)
         assert await ledger.allowance_ms(session, *poor, ahead_ms=1_800_000) == 100_000
         assert await ledger.can_go_on(session, poor[0])
         await ledger.record(session, poor[1], {"0": {"training": 100_000}})
