@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -21,7 +22,7 @@ def _system_clock() -> datetime:
     return datetime.now(UTC)
 
 
-clock = _system_clock
+clock: Callable[[], datetime] = _system_clock
 """The wall clock; the simulator puts its own here."""
 
 

@@ -52,6 +52,8 @@ class FakeAttempt:
     state: str = "pending"
     alive: bool = True
     """Its supervisor."""
+    frozen: bool = False
+    """Its ranks report no more."""
     events: list[UpEvent] = field(default_factory=list)
     meters: list[Meter] = field(default_factory=list)
     """Of the ranks, while they hold something."""
@@ -69,7 +71,7 @@ class FakeAttempt:
                 meter.switch(event["name"])
 
     def measure(self) -> dict[str, dict[str, int]]:
-        if self.spec.demand.metered and self.meters:
+        if self.spec.demand.metered and self.meters and not self.frozen:
             self.usage = {str(rank): meter.read() for rank, meter in enumerate(self.meters)}
         return self.usage
 
@@ -117,14 +119,14 @@ class FakeExecutor:
         usage = attempt.measure()
         used_ms = sum(sum(kinds.values()) for kinds in usage.values())
         if allowance_ms is not None and used_ms >= allowance_ms:
-            self._stop(attempt, StopReason.BUDGET)
+            self.request_stop(attempt, StopReason.BUDGET)
         self._leave("poll")
         events = [event for event in attempt.events if event.number > cursor][:500]
         complete = (events[-1].number if events else cursor) >= len(attempt.events)
         return Batch(events, usage, attempt.ending if complete else None, attempt.state)
 
     async def stop(self, name: str, reason: str, *, epoch: int) -> None:
-        self._stop(self._reach(name, epoch), StopReason(reason))
+        self.request_stop(self._reach(name, epoch), StopReason(reason))
         self._leave("stop")
 
     async def times(self, name: str) -> list[RankTimes]:
@@ -203,7 +205,7 @@ class FakeExecutor:
         attempt.epoch = epoch
         return attempt
 
-    def _stop(self, attempt: FakeAttempt, reason: StopReason) -> None:
+    def request_stop(self, attempt: FakeAttempt, reason: StopReason) -> None:
         if attempt.ending or attempt.stop_reason:
             return
         attempt.stop_reason = reason

@@ -1,0 +1,246 @@
+"""Everything that goes wrong, drawn from the seed: what, when, to whom, and at which of its next awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scheduler.simulator.clock import Process
+
+if TYPE_CHECKING:
+    from scheduler.simulator.database import Connection
+    from scheduler.simulator.world import World
+
+CLUSTER = (
+    "child_crashed", "out_of_memory", "child_hung", "child_deaf", "rank_died", "supervisor_died", "node_lost",
+    "checkpoint_torn", "liveness_unknown", "cluster_unreachable", "head_restarted",
+)  # fmt: skip
+PROCESS = ("scheduler_killed", "scheduler_stopped", "api_killed", "clock_jumped")
+DATABASE = (
+    "statement_failed", "database_locked", "connection_dropped", "commit_refused", "commit_unheard", "database_away",
+)  # fmt: skip
+NETWORK = ("answer_lost", "answer_late", "call_repeated", "network_slow", "mlflow_down", "objects_failing")
+KINDS = CLUSTER + PROCESS + DATABASE + NETWORK
+WEIGHTS = {"out_of_memory": 0.4, "scheduler_killed": 3.0, "commit_unheard": 3.0, "scheduler_stopped": 2.0}
+ARMED_POINTS = 40
+"""A fault of a process strikes at one of so many of its next awaits."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    at_s: float
+    """After the beginning."""
+    kind: str
+    choice: float
+    """Who: 0 to 1."""
+    after: int
+    """Strikes at this of the target's next points."""
+    for_s: float
+
+
+def draw(rng: random.Random, until_s: float) -> list[Fault]:
+    """None, some, or many."""
+    count = rng.choice((0, 1, 2, 3, 4, 6, 8, 12))
+    kinds = rng.choices(KINDS, [WEIGHTS.get(kind, 1.0) for kind in KINDS], k=count)
+    return sorted(
+        (
+            Fault(
+                rng.uniform(2.0, until_s), kind, rng.random(), rng.randint(1, ARMED_POINTS), rng.choice((1, 4, 12, 35))
+            )
+            for kind in kinds
+        ),
+        key=lambda fault: fault.at_s,
+    )
+
+
+@dataclass
+class Armed:
+    fault: Fault
+    process: Process | None
+    """None: whichever scheduler or API process comes by."""
+    left: int
+
+
+POINTS = {
+    "scheduler_killed": ("begin", "statement", "before commit", "after commit", "call"),
+    "scheduler_stopped": ("begin", "statement", "before commit", "after commit", "call"),
+    "api_killed": ("begin", "statement", "before commit", "after commit"),
+    "statement_failed": ("statement",),
+    "database_locked": ("statement",),
+    "connection_dropped": ("statement", "before commit"),
+    "commit_refused": ("before commit",),
+    "commit_unheard": ("after commit",),
+}
+
+
+class Hazards:
+    """Asked at every await that touches the world; ``armed`` faults strike there."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rng = world.rng("hazards")
+        self.struck: Counter[str] = Counter()
+        self.slow = False
+        self.database_away = False
+        self._armed: list[Armed] = []
+        self._fates: list[str] = []
+        self._tears = 0
+
+    # Asked by the world.
+
+    async def begin(self, connection: Connection) -> None:
+        await asyncio.sleep(self.rng.choice((0, 0, 0, 0.001, 0.02)))
+        if self.database_away:
+            raise sqlite3.OperationalError("unable to open database file")
+        await self._point("begin", connection.process, connection)
+
+    async def statement(self, connection: Connection) -> None:
+        if self._armed:
+            await self._point("statement", connection.process, connection)
+
+    async def before_commit(self, connection: Connection) -> None:
+        await asyncio.sleep(self.rng.choice((0, 0, 0, 0.001, 0.01)))
+        if self.database_away:
+            connection.cut()
+        await self._point("before commit", connection.process, connection)
+
+    async def after_commit(self, connection: Connection) -> None:
+        await self._point("after commit", connection.process, connection)
+
+    async def call(self, process: Process) -> None:
+        process.check()
+        await self._point("call", process, None)
+
+    def latency_s(self) -> float:
+        return self.rng.choice((0.0, 0.002, 0.01, 0.2)) * (20 if self.slow else 1)
+
+    def fate(self, method: str) -> str | None:
+        """What becomes of a call's answer."""
+        if self._fates:
+            kind = self._fates.pop(0)
+            self._strike(kind, method)
+            return kind
+        return None
+
+    def tears(self, key: str) -> bool:
+        """Whether the checkpoint under ``key`` is found torn."""
+        if self._tears:
+            self._tears -= 1
+            self._strike("checkpoint_torn", key)
+            return True
+        return False
+
+    # Chosen by the seed.
+
+    async def run(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            await asyncio.sleep(max(0.0, fault.at_s - self.world.elapsed_s))
+            self.world.background(self._let_happen(fault))
+
+    def disarm(self) -> None:
+        """From here on nothing goes wrong any more."""
+        self._armed.clear()
+        self._fates.clear()
+        self._tears = 0
+
+    async def _let_happen(self, fault: Fault) -> None:
+        kind, world = fault.kind, self.world
+        if kind in POINTS:
+            self._armed.append(Armed(fault, self._target(fault), fault.after))
+        elif kind in ("answer_lost", "answer_late", "call_repeated"):
+            self._fates += [kind] * (1 + fault.after // 15)
+        elif kind == "checkpoint_torn":
+            self._tears += 1 + fault.after // 20
+        elif kind == "clock_jumped":
+            host = world.hosts[int(fault.choice * len(world.hosts))]
+            jump_s = (fault.choice * 16 % 1 - 0.5) * 2 * (3600.0 if fault.after % 2 else 30.0)
+            host.wall_offset_s += jump_s
+            if host.process:
+                host.process.wall_offset_s += jump_s
+            self._strike(kind, f"{host.name} {jump_s:+.0f} s")
+        elif kind == "liveness_unknown":
+            for name in world.cluster.running():
+                world.cluster.unknown[name] = world.clock.now + fault.for_s
+                self._strike(kind, name)
+        elif kind == "head_restarted":
+            self._strike(kind, "")
+            world.cluster.reachable = False
+            world.cluster.new_cluster()
+            await asyncio.sleep(2.0 + fault.for_s / 3)
+            world.cluster.reachable = True
+        elif kind in CLUSTER and kind != "cluster_unreachable":
+            if await world.cluster.strike(kind, random.Random(fault.choice)):
+                self.struck[kind] += 1
+        else:
+            self._strike(kind, f"for {fault.for_s} s")
+            self._switch(kind, True)
+            await asyncio.sleep(fault.for_s)
+            self._switch(kind, False)
+
+    def _switch(self, kind: str, on: bool) -> None:
+        world = self.world
+        match kind:
+            case "cluster_unreachable":
+                world.cluster.reachable = not on
+            case "database_away":
+                self.database_away = on
+            case "network_slow":
+                self.slow = on
+            case "mlflow_down":
+                world.tracking.down = on
+            case "objects_failing":
+                world.objects.failing = on
+        self.world.note(kind, on=on)
+
+    def _target(self, fault: Fault) -> Process | None:
+        hosts = self.world.hosts
+        if fault.kind.startswith("api"):
+            hosts = [host for host in hosts if host.name == "api"]
+        elif fault.kind.startswith("scheduler"):
+            hosts = [host for host in hosts if host.name != "api"]
+        return hosts[int(fault.choice * len(hosts))].process
+
+    async def _point(self, point: str, process: Process, connection: Connection | None) -> None:
+        for armed in list(self._armed):
+            if armed.process is not process or point not in POINTS[armed.fault.kind]:
+                continue
+            armed.left -= 1
+            if armed.left <= 0 and armed in self._armed:
+                self._armed.remove(armed)
+                self._strike(armed.fault.kind, f"{process.name} {point}")
+                await self._befall(armed.fault, process, connection)
+
+    async def _befall(self, fault: Fault, process: Process, connection: Connection | None) -> None:
+        match fault.kind:
+            case "scheduler_killed" | "api_killed":
+                process.kill()
+                process.check()
+            case "scheduler_stopped":
+                process.stop()
+                self.world.background(self._continue(process, fault.for_s))
+                await asyncio.sleep(0)
+            case "database_locked":
+                raise sqlite3.OperationalError("database is locked")
+            case "statement_failed":
+                raise sqlite3.OperationalError("disk I/O error")
+            case "connection_dropped" if connection:
+                connection.cut()
+                raise sqlite3.OperationalError("connection closed")
+            case "commit_refused" if connection:
+                await connection.rollback()
+                raise sqlite3.OperationalError("database or disk is full")
+            case "commit_unheard":
+                raise sqlite3.OperationalError("connection closed")
+
+    async def _continue(self, process: Process, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        process.go_on()
+        self.world.note("goes on", process=process.name)
+
+    def _strike(self, kind: str, what: str) -> None:
+        self.struck[kind] += 1
+        self.world.note(kind, what=what)
