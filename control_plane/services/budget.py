@@ -6,7 +6,6 @@ Everything here runs in the caller's transaction, under the lock on the team's r
 from __future__ import annotations
 
 from datetime import datetime
-
 from typing import Any
 
 from sqlalchemy import ScalarSelect, case, func, select, update
