@@ -21,6 +21,7 @@ from control_plane.settings import Settings
 from control_plane.states import Status, StopReason
 from control_plane.tables import Attempt, ClusterState, TrainingJob, now
 from scheduler import retention
+from scheduler.accrual import Accrual
 from scheduler.carrier import Carrier
 from scheduler.collect import Collector
 from scheduler.deliver import Deliverer
@@ -127,6 +128,7 @@ class Scheduler:
             await prices.ensure_first(session, self._catalog)
         self._group.create_task(self.lease.keep_beating())
         self._group.create_task(self._mirror.run())
+        self._group.create_task(Accrual(self._database, self.lease).run())
         if self._deliverer is not None:
             self._group.create_task(self._deliverer.run())
         self._spawn("sweep", retention.sweep(self._database, self._storage))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime, time, timedelta
+
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -35,3 +37,12 @@ async def current(session: AsyncSession) -> PriceVersion:
     if version is None:
         raise ServiceUnavailable("No prices are set yet", retry_after_s=2)
     return version
+
+
+async def of_day(session: AsyncSession, day: date) -> PriceVersion | None:
+    """The version in force when the UTC day began; on the first day of all, the first version."""
+    start = datetime.combine(day, time(), UTC)
+    newest = select(PriceVersion).order_by(PriceVersion.effective_from.desc(), PriceVersion.number.desc()).limit(1)
+    oldest = select(PriceVersion).order_by(PriceVersion.effective_from, PriceVersion.number).limit(1)
+    found = await session.scalar(newest.where(PriceVersion.effective_from <= start))
+    return found or await session.scalar(oldest.where(PriceVersion.effective_from < start + timedelta(days=1)))
