@@ -60,7 +60,7 @@ def simulate(seed: int, *, whole_trace: bool = False) -> Result:
     world = World(seed, inhabited_database())
     result = Result(seed)
     try:
-        _in_virtual_time(world, _live(world))
+        _in_virtual_time(world, _watched(world))
     except Violated as violated:
         result.violation = str(violated)
     except Stuck:
@@ -90,13 +90,23 @@ async def _live(world: World) -> None:
         chaos = world.background(world.hazards.run([] if quiet else faults.draw(world.rng("faults"), until_s)))
         await asyncio.wait({*lives, chaos})
         world.hazards.disarm()
-        calm_s = max(world.elapsed_s, FAULTS_S)
+        calm_s = world.elapsed_s
         while not world.oracle.at_rest():
-            world.oracle.check_alive()
             if world.elapsed_s > calm_s + PATIENCE_S:
                 world.oracle.restless()
             await asyncio.sleep(LOOK_S)
         world.oracle.final()
+    finally:
+        world.oracle.alarm.set()
+
+
+async def _watched(world: World) -> None:
+    """To the end, or to the first violation."""
+    life, alarm = world.background(_live(world)), world.background(world.oracle.alarm.wait())
+    try:
+        await asyncio.wait({life, alarm}, return_when=asyncio.FIRST_COMPLETED)
+        world.oracle.check()
+        await life
     finally:
         await world.end()
 
@@ -109,7 +119,6 @@ async def _budgets(world: World, customers: list[Customer]) -> None:
         world.store.raw.execute(
             "UPDATE teams SET monthly_budget_microusd = ? WHERE id = ?", (amount, customer.team_id)
         )
-        world.oracle.budget_asked(customer.team_id, amount)
 
 
 def _in_virtual_time(world: World, life: Any) -> None:

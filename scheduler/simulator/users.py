@@ -122,7 +122,6 @@ class Customer:
 
     async def _budget(self) -> None:
         amount = self.rng.choice((None, "0.002", "0.01", "0.05", "1"))
-        self.world.oracle.budget_asked(self.team_id, None if amount is None else int(Decimal(amount) * 1_000_000))
 
         async def ask() -> bool:
             async with self.world.database.write() as session:

@@ -23,7 +23,7 @@ from scheduler.simulator.cluster import Cluster
 from scheduler.simulator.database import SimulatedDatabase, Store
 from scheduler.simulator.faults import Hazards
 from scheduler.simulator.network import ClusterClient, ObjectClient, Objects, TrackingClient
-from scheduler.simulator.oracle import Oracle
+from scheduler.simulator.oracle import Oracle, Violated
 from scheduler.simulator.tracking import FakeTracking
 
 TEAMS = 2
@@ -95,8 +95,9 @@ class World:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._background.pop(task, None)
-        if not task.cancelled() and task.exception():
-            self.oracle.broken(task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Violated):
+            self.oracle.logged(error)
 
     def next_price(self) -> int:
         self._prices += 1
