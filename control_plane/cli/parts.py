@@ -34,8 +34,10 @@ class Command:
         os.execve(self.argv[0], self.argv, self.environment())
 
 
-def api(settings: Settings) -> Command:
-    return _python("control_plane.cli", "serve", env=settings.to_env())
+def api(settings: Settings, *, fd: int | None = None) -> Command:
+    """``fd``: a listening socket that is handed down."""
+    given = [] if fd is None else [f"--fd={fd}"]
+    return _python("control_plane.cli", "serve", *given, env=settings.to_env())
 
 
 def scheduler(settings: Settings) -> Command:

@@ -12,6 +12,7 @@ from control_plane.settings import Settings
 
 LOOPBACK = "127.0.0.1"
 ANY = ("0.0.0.0", "::")
+BACKLOG = 1024
 
 
 class PortTaken(Exception):
@@ -37,8 +38,7 @@ class Ports:
         with ExitStack() as held:
 
             def bind(name: str, address: str, port: int) -> int:
-                family = socket.AF_INET6 if ":" in address else socket.AF_INET
-                probe = held.enter_context(socket.socket(family))
+                probe = held.enter_context(socket.socket(_family(address)))
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((address, port))
@@ -54,6 +54,18 @@ class Ports:
                 bind("ray", LOOPBACK, self.ray),
                 bind("dashboard", LOOPBACK, self.dashboard),
             )
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Raises PortTaken."""
+    try:
+        return socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
+    except OSError as error:
+        raise PortTaken(f"{host}:{port}: {error.strerror}; --api-port 0 takes any free one") from error
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def placed(settings: Settings, ports: Ports) -> Settings:

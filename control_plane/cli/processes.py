@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from asyncio.subprocess import DEVNULL, STDOUT, Process
 from collections.abc import Callable, Iterable
@@ -28,8 +29,11 @@ READY_TIMEOUT_S = 120.0
 READY_POLL_S = 0.1
 START_TRIES = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-STEADY_S = 60.0
-"""A part that stayed up this long has recovered: its next death is answered at once."""
+STEADY_S = 10.0
+"""A part that was ready for so long is started again at once when it dies; another one after a growing pause."""
+LIVENESS_POLL_S = 2.0
+HUNG_S = 20.0
+"""A part that gives no sign of life for so long is ended by force and started again."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Part:
     """Name of the part that must be ready before this one is started."""
     grace_s: float = 10.0
     """Between SIGTERM and SIGKILL."""
+    alive: Callable[[], Probe] | None = None
+    """Like ``probe``, asked while the part is up: does it give a sign of life? None: its process says enough."""
+    hung_s: float = HUNG_S
+    listener: socket.socket | None = None
+    """Handed down to the part (``serve --fd``): while it is started again its callers wait, and are not refused."""
 
 
 class PartFailed(Exception):
@@ -111,25 +120,48 @@ class Keeper:
         """Runs until cancelled. Raises PartFailed if the part never comes up."""
         if after:
             await after.ready.wait()
-        tries, pause_s = 0, FIRST_PAUSE_S
+        tries, pause_s = 0, 0.0
         while True:
-            begun = time.monotonic()
-            process = await self._spawn()
-            if await self._comes_up(process):
-                again = "again " if self.ready.is_set() else ""
-                self._note(f"{self.part.name:<9} ready {again}after {time.monotonic() - begun:4.1f} s  {self.part.url}")
-                self.ready.set()
-                await process.wait()
-            reason = "was not ready in time" if process.returncode is None else "ended"
-            await asyncio.to_thread(kill, self._mark)
-            reason += f" ({_described(await process.wait())})"
+            reason, ready_s = await self._one_life()
             tries += 1
             if tries >= START_TRIES and not self.ready.is_set():
                 raise PartFailed(f"{self.part.name} {reason}, {tries} times; {self.log} ends with:\n{tail(self.log)}")
-            pause_s = FIRST_PAUSE_S if time.monotonic() - begun > STEADY_S else pause_s
+            pause_s = 0.0 if ready_s > STEADY_S else pause_s
             self._note(f"{self.part.name:<9} {reason}; starting it again in {pause_s:.1f} s")
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+            pause_s = min(max(FIRST_PAUSE_S, pause_s * 2), LONGEST_PAUSE_S)
+
+    async def _one_life(self) -> tuple[str, float]:
+        """Start the part, and return when nothing of it is left: how it ended, and how long it was ready."""
+        begun, ready_s, reason = time.monotonic(), 0.0, "was not ready in time"
+        process = await self._spawn()
+        if await self._comes_up(process):
+            again = "again " if self.ready.is_set() else ""
+            self._note(f"{self.part.name:<9} ready {again}after {time.monotonic() - begun:4.1f} s  {self.part.url}")
+            self.ready.set()
+            begun = time.monotonic()
+            await self._until_ended_or_hung(process)
+            ready_s = time.monotonic() - begun
+            reason = f"gave no sign of life for {self.part.hung_s:.0f} s"
+        if process.returncode is not None:
+            reason = "ended"
+        await asyncio.to_thread(kill, self._mark)
+        return f"{reason} ({_described(await process.wait())})", ready_s
+
+    async def _until_ended_or_hung(self, process: Process) -> None:
+        if self.part.alive is None:
+            await process.wait()
+            return
+        alive, seen = self.part.alive(), time.monotonic()
+        ended = asyncio.create_task(process.wait())
+        try:
+            while time.monotonic() - seen < self.part.hung_s:
+                if (await asyncio.wait({ended}, timeout=LIVENESS_POLL_S))[0]:
+                    return
+                if await alive():
+                    seen = time.monotonic()
+        finally:
+            ended.cancel()
 
     async def end(self, hurry: asyncio.Event) -> None:
         """SIGTERM, up to the grace period (or until told to hurry), then SIGKILL for all that is left."""
@@ -156,6 +188,7 @@ class Keeper:
                 stdout=log,
                 stderr=STDOUT,
                 start_new_session=True,
+                pass_fds=[self.part.listener.fileno()] if self.part.listener else [],
             )
         return self.process
 

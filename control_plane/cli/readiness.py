@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
 from control_plane.db import Database
 from control_plane.tables import ClusterState, SchedulerLease
@@ -39,12 +40,32 @@ def beats(database: Database) -> Probe:
 
     async def probe() -> bool:
         nonlocal before
-        async with database.read() as session:
-            beat = await session.scalar(select(SchedulerLease.beat))
-            state = await session.scalar(select(ClusterState))
+        try:
+            async with database.read() as session:
+                beat = await session.scalar(select(SchedulerLease.beat))
+                state = await session.scalar(select(ClusterState))
+        except (SQLAlchemyError, OSError):
+            return False
         now = (beat, state.updated_at if state else None)
         if before is None:
             before = now
         return state is not None and state.reachable and all(new != old for new, old in zip(now, before, strict=True))
+
+    return probe
+
+
+def moves(database: Database) -> Probe:
+    """A scheduler has beaten since it was last asked. A database that does not answer says nothing against it."""
+    last: int | None = None
+
+    async def probe() -> bool:
+        nonlocal last
+        try:
+            async with database.read() as session:
+                beat = await session.scalar(select(SchedulerLease.beat))
+        except (SQLAlchemyError, OSError):
+            return True
+        moved, last = beat != last, beat
+        return moved
 
     return probe

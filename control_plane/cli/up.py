@@ -6,18 +6,20 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from control_plane.cli import folder, parts, processes, readiness
-from control_plane.cli.ports import LOOPBACK, Ports, PortTaken, from_here, placed
-from control_plane.cli.processes import Keeper, Part, PartFailed
+from control_plane.cli.ports import LOOPBACK, Ports, PortTaken, from_here, listening, placed
+from control_plane.cli.processes import HUNG_S, Keeper, Part, PartFailed
 from control_plane.db import Database
 from control_plane.migrations import UnknownVersion, upgrade
 from control_plane.settings import Settings
 
+MLFLOW_HUNG_S = 60.0
 ORDER_OF_ENDING = ("api", "scheduler", "mlflow", "ray")
 
 
@@ -53,12 +55,15 @@ def up(
                 logger.info("ended %d processes that an earlier run had left behind", left)
             folder.make_secret(settings.data_dir)
             ports = wanted.resolved(settings.host)
-            asyncio.run(_run(placed(settings, ports), ports, mark, logger, as_json))
+            with listening(settings.host, ports.api) as listener:
+                asyncio.run(_run(placed(settings, ports), ports, listener, mark, logger, as_json))
     except (folder.FolderInUse, PortTaken, UnknownVersion, PartFailed) as error:
         raise click.ClickException(str(error)) from error
 
 
-async def _run(settings: Settings, ports: Ports, mark: str, logger: logging.Logger, as_json: bool) -> None:
+async def _run(
+    settings: Settings, ports: Ports, listener: socket.socket, mark: str, logger: logging.Logger, as_json: bool
+) -> None:
     """Returns when told to stop and all has ended. Raises PartFailed when a part never comes up."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     _on_signals(stop, hurry)
@@ -66,7 +71,7 @@ async def _run(settings: Settings, ports: Ports, mark: str, logger: logging.Logg
     database = Database(settings.database_url)
     keepers = {
         part.name: Keeper(part, mark, folder.log_file(settings.data_dir, part.name), logger.info)
-        for part in _parts(settings, ports, database)
+        for part in _parts(settings, ports, listener, database)
     }
     keeping = [asyncio.create_task(keeper.keep(after=keepers.get(keeper.part.after))) for keeper in keepers.values()]
     stopping = asyncio.create_task(stop.wait())
@@ -93,12 +98,15 @@ async def _all_ready(keepers: dict[str, Keeper]) -> None:
         await keeper.ready.wait()
 
 
-def _parts(settings: Settings, ports: Ports, database: Database) -> list[Part]:
+def _parts(settings: Settings, ports: Ports, listener: socket.socket, database: Database) -> list[Part]:
     def dashboard() -> readiness.Probe:
         return readiness.answers(f"http://{LOOPBACK}:{ports.dashboard}/api/version", parts.ray_token(settings))
 
     def api() -> readiness.Probe:
         return readiness.answers(f"{from_here(settings)}/health/ready")
+
+    def live() -> readiness.Probe:
+        return readiness.answers(f"{from_here(settings)}/health/live")
 
     def mlflow() -> readiness.Probe:
         return readiness.answers(f"{settings.mlflow_url}/health")
@@ -106,12 +114,29 @@ def _parts(settings: Settings, ports: Ports, database: Database) -> list[Part]:
     def scheduler() -> readiness.Probe:
         return readiness.beats(database)
 
+    def moves() -> readiness.Probe:
+        return readiness.moves(database)
+
     ray = parts.ray(settings, dashboard_port=ports.dashboard)
     return [
         Part("ray", ray, dashboard, url=settings.ray_dashboard_url, grace_s=20),
-        Part("mlflow", parts.mlflow(settings), mlflow, url=settings.mlflow_url),
-        Part("api", parts.api(settings), api, url=settings.public_url),
-        Part("scheduler", parts.scheduler(settings), scheduler, after="ray"),
+        Part("mlflow", parts.mlflow(settings), mlflow, url=settings.mlflow_url, alive=mlflow, hung_s=MLFLOW_HUNG_S),
+        Part(
+            "api",
+            parts.api(settings, fd=listener.fileno()),
+            api,
+            url=settings.public_url,
+            alive=live,
+            listener=listener,
+        ),
+        Part(
+            "scheduler",
+            parts.scheduler(settings),
+            scheduler,
+            after="ray",
+            alive=moves,
+            hung_s=max(HUNG_S, 3 * settings.lease_timeout_s),
+        ),
     ]
 
 

@@ -1,35 +1,18 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.house import Client, House
-from tests.tiny_model import make_tiny_model
+from tests.e2e.house import TINY, Client, House, base_models_file
 
-TINY = "tests/tiny-random-llama"
+__all__ = ["TINY"]
 
 
 @pytest.fixture(scope="session")
 def base_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    file = folder.parent / "base_models.yaml"
-    entry = {
-        "id": TINY,
-        "name": "Tiny random Llama",
-        "revision": "1",
-        "source": {"kind": "folder", "location": str(folder), "revision": "1"},
-        "parameters": 4_000_000,
-        "hiddenSize": 64,
-        "layers": 2,
-        "vocabularySize": 49152,
-        "contextLength": 2048,
-        "license": "none",
-    }
-    file.write_text(json.dumps({"baseModels": [entry]}))  # JSON is YAML
-    return file
+    return base_models_file(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,9 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.tiny_model import make_tiny_model
+
+TINY = "tests/tiny-random-llama"
 REPO = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180
 
@@ -28,6 +31,26 @@ def wait_for(what: str, probe: Callable[[], Any], timeout_s: float, pause_s: flo
             return found
         time.sleep(pause_s)
     raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
+
+
+def base_models_file(folder: Path) -> Path:
+    """A tiny random model in ``folder``, and the file that offers it as ``TINY``."""
+    model = make_tiny_model(folder / "tiny")
+    file = folder / "base_models.yaml"
+    entry = {
+        "id": TINY,
+        "name": "Tiny random Llama",
+        "revision": "1",
+        "source": {"kind": "folder", "location": str(model), "revision": "1"},
+        "parameters": 4_000_000,
+        "hiddenSize": 64,
+        "layers": 2,
+        "vocabularySize": 49152,
+        "contextLength": 2048,
+        "license": "none",
+    }
+    file.write_text(json.dumps({"baseModels": [entry]}))  # JSON is YAML
+    return file
 
 
 class House:

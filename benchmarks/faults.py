@@ -1,0 +1,121 @@
+"""Real short training jobs on real Ray under real faults: kills, stops, a full disk, a bad object store, no database.
+
+    python -m benchmarks.faults [--kills N] [--seed S] [--json FILE]
+
+Every job must complete from its last checkpoint with the unbroken run's adapter, bit for bit, be billed once, and leave
+nothing; and a probe asks `GET /api/jobs/{id}` five times a second all the while. Beside the N kills come stops and
+other faults, one for every two kills. Exit code 1 if anything was not as it must be.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report
+from benchmarks.chaos import sandbox
+from benchmarks.chaos.campaign import Findings, drawn, under_fire
+from benchmarks.chaos.deeds import Fault
+from benchmarks.chaos.installation import FLAVOURS
+from benchmarks.chaos.probe import EXCUSED_S
+
+COLUMNS = ("fault", "times", "embedded", "production", "slowest recovery, s")
+
+
+def main(arguments: list[str]) -> int:
+    parser = report.parser(__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs in all (default 100)")
+    parser.add_argument("--seed", type=int, help="of the order of faults (default: drawn, and printed)")
+    parser.add_argument("--first", type=int, default=1, metavar="K", help="go on with the seed's kill number K")
+    parser.add_argument("--flavour", choices=FLAVOURS, action="append", help="only this installation (default: both)")
+    parser.add_argument("--only", action="append", metavar="FAULT", help='only this fault, once, e.g. "kill node"')
+    parser.add_argument("--folder", type=Path, help="make the installations here, and leave their logs")
+    given = parser.parse_args(arguments)
+    if not sandbox.is_inside():
+        code = sandbox.run_inside("benchmarks.faults", arguments)
+        if code is not None:
+            return code
+    seed = given.seed if given.seed is not None else random.SystemRandom().randrange(10**6)
+    report.heading(f"Faults: {given.kills} kills, seed {seed}")
+    plan = drawn(given.kills, seed, given.flavour or list(FLAVOURS), first=given.first)
+    if given.only:
+        plan = {flavour: [_named(name) for name in given.only] for flavour in plan}
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults") as temporary:
+        findings = [_fire(flavour, (given.folder or Path(temporary)), faults) for flavour, faults in plan.items()]
+    minutes = (time.monotonic() - begun) / 60
+    _tell(findings, minutes)
+    well = all(found.all_well for found in findings)
+    figures = [asdict(found) for found in findings]
+    report.write(given.json, "faults", seed=seed, kills=_kills(findings), minutes=minutes, well=well, houses=figures)
+    return 0 if well else 1
+
+
+def _fire(flavour: str, folder: Path, faults: list[Fault]) -> Findings:
+    def note(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+    note(f"{flavour}: {len(faults)} faults")
+    with under_fire(flavour, folder / flavour, faults, note) as findings:
+        return findings
+
+
+def _named(name: str) -> Fault:
+    from benchmarks.chaos.deeds import KILLS, OTHERS, STOPS
+
+    return next(fault for fault in KILLS + STOPS + OTHERS if fault.name == name)
+
+
+def _kills(findings: list[Findings]) -> int:
+    return sum(injected.fault.startswith("kill") for found in findings for injected in found.injected)
+
+
+def _tell(findings: list[Findings], minutes: float) -> None:
+    everything = [injected for found in findings for injected in found.injected]
+    times = Counter(injected.fault for injected in everything)
+    rows = []
+    for fault, number in sorted(times.items()):
+        own = [injected for injected in everything if injected.fault == fault]
+        here = Counter(injected.flavour for injected in own)
+        rows.append((fault, number, here["embedded"], here["production"], max(i.recovered_s for i in own)))
+    print()
+    report.table(COLUMNS, rows)
+    jobs = [job for found in findings for job in found.jobs]
+    right = sum(not job.wrong for job in jobs)
+    print(f"\n{_kills(findings)} kills and {len(everything) - _kills(findings)} other faults in {minutes:.1f} minutes")
+    print(f"{right} of {len(jobs)} jobs completed from their last checkpoints, bitwise the same, billed once")
+    compared, forgotten = sum(job.compared for job in jobs), sum(job.forgotten for job in jobs)
+    worst = max((job.worst_difference_ms for job in jobs), default=0)
+    print(
+        f"{compared} attempts: ledger and Ray's actor table differ by at most {worst} ms; {forgotten} attempts' tables"
+    )
+    print("went with their cluster")
+    for found in findings:
+        _tell_house(found)
+
+
+def _tell_house(found: Findings) -> None:
+    slowest = max(found.api_back_s, default=0.0)
+    print(f"\n{found.flavour}: {found.questions:,} questions; missing answers: {found.excused or 'none'};")
+    print(f"  the API answered again {slowest:.1f} s after a kill at the latest (allowed {EXCUSED_S:.0f});")
+    print(f"  the longest wait for an answer was {found.longest_answer_s:.1f} s")
+    for job in found.jobs:
+        for wrong in job.wrong:
+            print(f"  WRONG: job {job.job_id}: {wrong}")
+    for what in ("wrong", "leaked", "bad_answers"):
+        for entry in getattr(found, what)[:20]:
+            print(f"  {what.upper()}: {entry}")
+    if found.all_well:
+        print("  nothing leaked, the ledger verifies, no answer was missing without excuse")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
