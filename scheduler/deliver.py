@@ -231,7 +231,7 @@ def _after(claim: Claim, failure: Undelivered | None) -> dict[str, object]:
     at = now()
     if failure is None:
         return {"delivered_at": at, "not_before": None, "failed_at": None, "last_error": None}
-    given_up = failure.final or claim.only_once or claim.tries > len(RETRY_PAUSES_S)
+    given_up = failure.final or failure.gone or claim.only_once or claim.tries > len(RETRY_PAUSES_S)
     again = {"failed_at": at, "not_before": None} if given_up else {"not_before": at + pause_after(claim)}
     return {**again, "last_error": failure.reason[:500]}
 

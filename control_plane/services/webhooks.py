@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -29,6 +30,7 @@ MOST_PER_TEAM = 20
 OVERLAP = timedelta(hours=24)
 """Life of the previous secret after a rotation."""
 ANY_NETWORK = "any"
+_HOST = re.compile(rb"[\w.:-]+", re.ASCII)
 
 
 def derive(secret: bytes, nonce: str) -> str:
@@ -62,12 +64,12 @@ def checked_url(url: str, networks: str) -> str:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError) as error:
         raise ValidationFailed.field("url", "Must be a URL") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not _HOST.fullmatch(parsed.raw_host):
         raise ValidationFailed.field("url", "Must begin with https:// or http:// and a host")
     if parsed.userinfo:
         raise ValidationFailed.field("url", "Must not contain credentials: messages are signed instead")
-    if parsed.port == 0:
-        raise ValidationFailed.field("url", "Port 0 is not a port")
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise ValidationFailed.field("url", "Must have a port from 1 to 65535")
     address = written(parsed.host)
     inside = not is_public(address) if address else parsed.host.rstrip(".").rpartition(".")[2] == "localhost"
     if inside and networks != ANY_NETWORK:
@@ -128,7 +130,9 @@ async def disable(session: AsyncSession, webhook: Webhook, reason: str) -> None:
     await session.execute(
         update(Outbox)
         .where(*waiting)
-        .values(not_before=None, failed_at=now(), last_error="The webhook was disabled")
+        .values(
+            not_before=None, failed_at=now(), last_error=func.coalesce(Outbox.last_error, "The webhook was disabled")
+        )
         .execution_options(synchronize_session=False)
     )
 

@@ -21,6 +21,8 @@ from scheduler.lease import Lease
 from scheduler.loop import Scheduler
 from tests.fake_tracking import FakeTracking
 from tests.fakes import FakeExecutor
+from tests.integration.scheduler.post_office import Ahead, PostOffice
+from tests.receiver import Receiver, receiving
 from tests.rows import make_dataset, make_job, make_team, make_verdict
 
 PATIENCE_S = 8.0
@@ -30,7 +32,9 @@ PATIENCE_S = 8.0
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scheduler.collect.POLL_S", 0.02)
     monkeypatch.setattr("scheduler.mirror.PAUSE_S", 0.02)
+    monkeypatch.setattr("scheduler.deliver.PAUSE_S", 0.02)
     monkeypatch.setattr("scheduler.loop.TRACKING_PAUSE_S", 0.1)
+    monkeypatch.setattr("scheduler.loop.BUDGET_S", 0.02)
     monkeypatch.setattr("scheduler.finish.RETRY_PAUSES_S", (0.02, 0.04, 0.06))
 
 
@@ -158,3 +162,22 @@ class House:
 @pytest.fixture
 def house(database: Database, tmp_path: Path) -> House:
     return House(database, tmp_path / "data")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Ahead:
+    clock = Ahead()
+    monkeypatch.setattr("control_plane.tables.base.clock", clock)
+    return clock
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+async def office(database: Database, receiver: Receiver) -> PostOffice:
+    async with database.write() as session:
+        return PostOffice(database, receiver, await make_team(session))

@@ -1,0 +1,132 @@
+"""Webhooks that fail for long, come back, are disabled or deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from control_plane.db import Database
+from control_plane.services import webhooks
+from control_plane.tables import Membership, User, Webhook, uuid7
+from control_plane.tables.accounts import TeamRole
+from control_plane.tables.notices import NotificationPriority, NotificationType
+from tests.integration.scheduler.post_office import Ahead, PostOffice, Stuck
+
+
+async def test_a_receiver_that_comes_back_gets_it(office: PostOffice, clock: Ahead) -> None:
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [503]
+    await office.tell("one")
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.last_error)
+        assert (await office.the_webhook(webhook_id)).failing_since is not None
+        clock.pass_by(seconds=6)
+        row = await office.until_row(webhook_id, lambda row: row.delivered_at)
+    assert (row.tries, row.last_error) == (2, None)
+    assert (await office.the_webhook(webhook_id)).failing_since is None
+
+
+async def owners_of(office: PostOffice, database: Database) -> set[str]:
+    """The team gets a second owner and a member; the owners."""
+    async with database.write() as session:
+        second, member = (
+            User(id=uuid7(), email=f"{uuid7()}@example.com", password_hash="x", name=name) for name in ("B", "C")
+        )
+        session.add_all([second, member])
+        await session.flush()
+        session.add(Membership(team_id=office.team.id, user_id=second.id, role=TeamRole.OWNER))
+        session.add(Membership(team_id=office.team.id, user_id=member.id, role=TeamRole.MEMBER))
+    return {str(office.team.personal_of), str(second.id)}
+
+
+async def test_gone_disables_at_once_with_one_notice(office: PostOffice, database: Database) -> None:
+    owners = await owners_of(office, database)
+    gone = await office.webhook("/gone")
+    other = await office.webhook("/other")
+    office.receiver.script["/gone"] = [410]
+    for number in range(3):
+        await office.tell(str(number))
+    async with office.delivering():
+        await office.until_quiet()
+        await office.until_calls("/other", 4)
+        await office.tell("later")
+        await office.until_quiet()
+
+    webhook = await office.the_webhook(gone)
+    assert (webhook.enabled, webhook.disabled_reason) == (False, "It answered 410 Gone")
+    assert webhook.disabled_at is not None
+    assert len(office.receiver.at("/gone")) == 1
+    assert {row.last_error for row in await office.rows(gone)} == {"It answered HTTP 410", "The webhook was disabled"}
+    notices = await office.notices()
+    assert {notice.user_id for notice in notices} == owners
+    assert len(notices) == 2
+    assert {(n.type, n.priority) for n in notices} == {(NotificationType.SYSTEM, NotificationPriority.HIGH)}
+    types = [json.loads(call.body)["type"] for call in office.receiver.at("/other")]
+    assert sorted(types) == ["job.completed"] * 4 + ["system"]
+    assert len(await office.rows(other)) == 5
+
+
+async def test_after_five_days_without_a_success_it_is_disabled_once(office: PostOffice, clock: Ahead) -> None:
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [500, 501, 502]
+    await office.tell("one")
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.last_error == "It answered HTTP 500")
+        clock.pass_by(days=4, hours=23)
+        await office.until_row(webhook_id, lambda row: row.last_error == "It answered HTTP 501")
+        assert (await office.the_webhook(webhook_id)).enabled
+        clock.pass_by(hours=2)
+        row = await office.until_row(webhook_id, lambda row: row.failed_at)
+        await office.tell("two")
+
+    assert (row.tries, row.last_error) == (3, "It answered HTTP 502")
+    webhook = await office.the_webhook(webhook_id)
+    assert webhook.disabled_at is not None
+    assert not webhook.enabled
+    (notice,) = await office.notices()
+    assert notice.title == "Webhook disabled: 127.0.0.1"
+    assert "the last: It answered HTTP 502" in notice.message
+    assert len(await office.rows()) == 1
+
+
+async def test_a_success_ends_the_count_of_days(office: PostOffice, clock: Ahead) -> None:
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [500, 204, 500]
+    await office.tell("one")
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.last_error)
+        clock.pass_by(days=1)
+        await office.until_row(webhook_id, lambda row: row.delivered_at)
+        clock.pass_by(days=5)
+        await office.tell("two")
+        await office.until_calls("/a", 3)
+        while (await office.the_webhook(webhook_id)).failing_since is None:
+            await asyncio.sleep(0.02)
+    assert (await office.the_webhook(webhook_id)).enabled
+    assert await office.notices() == []
+
+
+async def test_disabled_while_a_letter_is_under_way(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a")
+    for number in range(2):
+        await office.tell(str(number))
+    stuck = Stuck(office.carrier)
+    async with office.delivering(stuck):
+        await stuck.arrived.wait()
+        async with database.write() as session:
+            webhook = await session.get_one(Webhook, webhook_id, with_for_update=True)
+            await webhooks.disable(session, webhook, "Disabled by an owner")
+    async with office.delivering():
+        await asyncio.sleep(0.2)
+    assert len(office.receiver.calls) == 1
+    assert {row.last_error for row in await office.rows()} == {"The webhook was disabled"}
+
+
+async def test_deleted_while_its_rows_wait(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a")
+    await office.tell("one")
+    async with database.write() as session:
+        await session.delete(await session.get_one(Webhook, webhook_id))
+    async with office.delivering():
+        row = await office.until_row(webhook_id, lambda row: row.failed_at)
+    assert (office.receiver.calls, row.last_error) == ([], "The webhook was disabled")
