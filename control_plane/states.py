@@ -70,6 +70,8 @@ AFTER_STOP: dict[StopReason, Status] = {
     StopReason.PREEMPT: S.QUEUED,
 }
 MAX_FAULT_RETRIES = 3
+"""In a row. A fault after a new checkpoint begins a new row: a run of days may meet many and still get on, but one that
+gets no further has a cause that another try does not remove."""
 RETRY_PAUSES_S = (2.0, 10.0, 60.0)
 
 
@@ -83,7 +85,7 @@ def sources(target: Status) -> frozenset[Status]:
 
 
 def after_attempt(outcome: Outcome, stop_reason: StopReason | None, faults: int) -> Status:
-    """Where the work goes when its attempt has ended. ``faults``: platform faults so far, this one included."""
+    """Where the work goes when its attempt has ended. ``faults``: the platform's in a row, this one included."""
     match outcome:
         case Outcome.COMPLETED:
             return S.COMPLETED

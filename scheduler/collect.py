@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
-from control_plane.states import Outcome
+from control_plane.services import lifecycle
+from control_plane.states import Outcome, StopReason
 from control_plane.tables import Attempt, TrainingJob
 from scheduler import ledger, retention
 from scheduler.executor import AttemptGone, Batch, Ending, Executor, RankTimes, StaleEpoch, Unreachable
@@ -144,6 +145,8 @@ class Collector:
             if claimed is None:
                 return None
             obsolete = await _store(session, claimed, heard, batch.usage)
+            if batch.state == "stopping" and claimed.work.stop_requested is None:
+                await lifecycle.ask_to_stop(session, claimed.work, StopReason.BUDGET)  # all that it does by itself
             allowance_ms = await self._allowance_ms(session, claimed) if ending is None else None
             if ending is not None:
                 await finish(session, claimed, ending)

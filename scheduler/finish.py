@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import update
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.money import usd
-from control_plane.services import alerts, artifacts, datasets
+from control_plane.services import alerts, artifacts, datasets, paused
 from control_plane.services.lifecycle import append_event, note, stronger, transition
 from control_plane.services.notifications import notify
 from control_plane.states import (
@@ -21,7 +21,7 @@ from control_plane.states import (
     StopReason,
     after_attempt,
 )
-from control_plane.tables import Attempt, TrainingJob, Verdict, now
+from control_plane.tables import Attempt, Checkpoint, TrainingJob, Verdict, now
 from control_plane.tables.notices import NotificationPriority, NotificationType
 from scheduler import ledger, retention
 from scheduler.executor import Ending
@@ -66,21 +66,54 @@ async def finish(session: AsyncSession, claimed: Claimed, ending: Ending) -> Non
         await ledger.settle(session, work, attempt, outcome=outcome, stop_reason=reason, times=ending.times)
         await tell_cost(session, work)
         attempt.held_ms = ledger.held_ms(ending.times)
-    faults = work.retry_count + (outcome is Outcome.FAULT)
+    faults = await _faults_in_a_row(session, work)
     target = after_attempt(outcome, reason, faults)
-    if reason is StopReason.BUDGET and isinstance(work, TrainingJob) and await ledger.can_go_on(session, work):
-        target = Status.QUEUED
+    if target is Status.PAUSED and reason is StopReason.BUDGET and isinstance(work, TrainingJob):
+        target = await _at_the_ceiling(session, work)
+    work.retry_count += outcome is Outcome.FAULT
     match target:
         case Status.COMPLETED:
             await _complete(session, work, attempt)
         case Status.FAILED:
             await _fail(session, work, attempt, ending)
         case Status.PAUSED:
-            await transition(session, work, target, attempt=attempt.number, paused_by=reason, **_NO_ERROR)
+            await _pause(session, work, attempt, reason)
         case Status.CANCELLED:
             await transition(session, work, target, attempt=attempt.number, **_NO_ERROR)
         case _:
             await _queue_again(session, work, attempt, ending, faults)
+
+
+async def _faults_in_a_row(session: AsyncSession, work: AnyWork) -> int:
+    """Faults of the platform up to now. One in an attempt that got further than any before is the first of a row."""
+    reached = func.coalesce(func.max(Checkpoint.step), 0)
+    attempts = await session.execute(
+        select(Attempt.outcome, reached.label("reached"))
+        .outerjoin(Checkpoint, Checkpoint.attempt_id == Attempt.id)
+        .where(Attempt.work_id == work.id)
+        .group_by(Attempt.id, Attempt.number, Attempt.outcome)
+        .order_by(Attempt.number)
+    )
+    furthest = row = 0
+    for attempt in attempts:
+        lost = attempt.outcome is Outcome.FAULT
+        row = row + 1 if lost and attempt.reached <= furthest else int(lost)
+        furthest = max(furthest, attempt.reached)
+    return row
+
+
+async def _at_the_ceiling(session: AsyncSession, job: TrainingJob) -> Status:
+    """Where a job goes whose allowance ran out: on, when the budget pays for more of it."""
+    return Status.QUEUED if await paused.secure(session, job) else Status.PAUSED
+
+
+async def _pause(session: AsyncSession, work: AnyWork, attempt: Attempt, reason: StopReason | None) -> None:
+    waits_for = None
+    if reason is StopReason.BUDGET and isinstance(work, TrainingJob):
+        waits_for = await paused.waits_for(session, work)
+        await note(session, work, "WARNING", f"Paused with its last checkpoint. {waits_for}.")
+    fields = {"paused_by": reason, "queue_reason": waits_for, **_NO_ERROR}
+    await transition(session, work, Status.PAUSED, attempt=attempt.number, **fields)
 
 
 _NO_ERROR = {"error_code": None, "error_message": None, "error_stack": None}
@@ -148,7 +181,6 @@ async def _fail(session: AsyncSession, work: AnyWork, attempt: Attempt, ending: 
         "error_code": (ending.code or "PLATFORM_FAULT")[:64],
         "error_message": work.error_message if told else ending.message or "The attempt failed",
         "error_stack": (work.error_stack if told else None) or ending.stack or None,
-        "retry_count": work.retry_count + (ending.outcome == Outcome.FAULT),
     }
     if not await transition(session, work, Status.FAILED, attempt=attempt.number, **error):
         return
@@ -176,9 +208,7 @@ async def _queue_again(session: AsyncSession, work: AnyWork, attempt: Attempt, e
         not_before = now() + timedelta(seconds=pause_s)
         if isinstance(work, TrainingJob):
             await note(session, work, "WARNING", await _what_happened(session, work, attempt, ending, faults, pause_s))
-    await transition(
-        session, work, Status.QUEUED, attempt=attempt.number, not_before=not_before, retry_count=faults, **_NO_ERROR
-    )
+    await transition(session, work, Status.QUEUED, attempt=attempt.number, not_before=not_before, **_NO_ERROR)
 
 
 async def _what_happened(

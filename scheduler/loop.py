@@ -13,12 +13,12 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
-from control_plane.services import prices
+from control_plane.services import paused, prices
 from control_plane.services.catalog import Catalog
 from control_plane.services.lifecycle import append_event, stage_payload
 from control_plane.services.sql import insert_or_nothing
 from control_plane.settings import Settings
-from control_plane.states import Status, StopReason
+from control_plane.states import Status, StopReason, WorkKind
 from control_plane.tables import Attempt, ClusterState, TrainingJob, now
 from scheduler import retention
 from scheduler.accrual import Accrual
@@ -29,7 +29,7 @@ from scheduler.dispatch import Dispatcher
 from scheduler.executor import Executor, Look, StaleEpoch, Unreachable
 from scheduler.lease import Lease, LeaseLost
 from scheduler.mirror import Mirror
-from scheduler.observe import held_attempts, waiting_work
+from scheduler.observe import held_attempts, paused_by_budget, waiting_work
 from scheduler.pause import pause
 from scheduler.policy import (
     Action,
@@ -53,6 +53,8 @@ CLUSTER_PATIENCE_S = 10.0
 """A driver whose cluster is away for longer is of no use any more, even when the cluster comes back."""
 TRACKING_PAUSE_S = 5.0
 PUBLISH_S = 5.0
+BUDGET_S = 5.0
+"""How often to look whether the budget lets paused jobs go on."""
 
 
 class ClusterLost(Exception):
@@ -131,6 +133,7 @@ class Scheduler:
         self._group.create_task(Accrual(self._database, self.lease).run())
         if self._deliverer is not None:
             self._group.create_task(self._deliverer.run())
+        self._group.create_task(self._let_go_on())
         self._spawn("sweep", retention.sweep(self._database, self._storage))
         while True:
             try:
@@ -144,6 +147,23 @@ class Scheduler:
                     await self._wake.wait()
             await pause(0)
             self._wake.clear()
+
+    async def _let_go_on(self) -> None:
+        """Jobs that the budget has paused go on when it allows: it was raised, a month began, a hold was released."""
+        while True:
+            try:
+                async with self._database.read() as session:
+                    waiting = await paused_by_budget(session)
+                for job_id in waiting:
+                    async with self.lease.write() as session:
+                        job = await get_work(session, WorkKind.JOB, job_id, lock=True)
+                        if isinstance(job, TrainingJob) and await paused.go_on(session, job):
+                            self._wake.set()
+            except LeaseLost:
+                raise
+            except Exception:
+                log.exception("paused jobs could not be looked at")
+            await pause(BUDGET_S)
 
     async def tick(self) -> None:
         """Once around. The database is read before the look, so that whatever it says was started can be seen."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from control_plane.services import paused
 from control_plane.services.catalog import Catalog
-from control_plane.states import WorkKind
+from control_plane.states import Status, StopReason, WorkKind
 from control_plane.tables import Attempt, TrainingJob
 from scheduler.dispatch import demand_of, missing
 from scheduler.policy import Held, Waiting
@@ -56,3 +57,13 @@ def _held(attempt: Attempt, work: AnyWork, catalog: Catalog) -> Held:
         stop_requested=work.stop_requested,
         reconnecting=work.reconnecting,
     )
+
+
+async def paused_by_budget(session: AsyncSession) -> list[str]:
+    """Ids of jobs that the budget has paused and now lets go on, in the order in which they go on."""
+    jobs = await session.scalars(
+        select(TrainingJob)
+        .where(TrainingJob.status == Status.PAUSED, TrainingJob.paused_by == StopReason.BUDGET)
+        .order_by(TrainingJob.priority.desc(), TrainingJob.queued_at, TrainingJob.id)
+    )
+    return [job.id for job in jobs.all() if (await paused.means(session, job)).sufficient]

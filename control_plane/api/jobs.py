@@ -11,7 +11,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.api.context import Caller, House, Once, Pages, Session
 from control_plane.auth import READ, TRAIN
-from control_plane.errors import Conflict
 from control_plane.schemas.base import Ok, ok
 from control_plane.schemas.jobs import (
     Attempts,
@@ -27,7 +26,7 @@ from control_plane.schemas.jobs import (
     NewJob,
     RetriedJob,
 )
-from control_plane.services import jobs, lifecycle, retries, telemetry
+from control_plane.services import jobs, lifecycle, paused, retries, telemetry
 from control_plane.services.accounts import audit
 from control_plane.services.scope import Principal, get_owned
 from control_plane.states import Status, StopReason
@@ -135,8 +134,7 @@ class JobController(Controller):
     @post("/{job_id:str}/resume", guards=[TRAIN], status_code=202, summary="Queue a paused job again")
     async def resume(self, job_id: FromPath[str], session: Session, who: Caller) -> Ok[JobData]:
         job = await get_owned(session, TrainingJob, who.team_id, job_id, lock=True)
-        if job.status is not Status.PAUSED or not await lifecycle.transition(session, job, Status.QUEUED):
-            raise Conflict(lifecycle.refusal("resume", job))
+        await paused.resume(session, job)
         audit(session, "resume", "job", job_id, user_id=who.user_id, team_id=who.team_id)
         (seen,) = await _seen(session, [job])
         return ok(JobData(job=seen))

@@ -121,7 +121,7 @@ async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason)
     """
     await session.refresh(work, with_for_update=True)
     if work.status in ACTIVE:
-        await _ask_to_stop(session, work, reason)
+        await ask_to_stop(session, work, reason)
         return False
     if work.status is Status.PAUSED and reason is StopReason.PAUSE and work.paused_by is not StopReason.PAUSE:
         work.paused_by, work.queue_reason = StopReason.PAUSE, None
@@ -134,7 +134,8 @@ async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason)
     return True
 
 
-async def _ask_to_stop(session: AsyncSession, work: AnyWork, reason: StopReason) -> None:
+async def ask_to_stop(session: AsyncSession, work: AnyWork, reason: StopReason) -> None:
+    """Note that active work is to stop, or is stopping; a reason that is no stronger than the noted one is ignored."""
     if stronger(reason, work.stop_requested) is work.stop_requested:
         return
     work.stop_requested = reason
