@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "mlflow": "Run the MLflow server alone.",
     "ray": "Run a local Ray head alone.",
     "migrate": "Bring the database to this version's tables.",
+    "ledger": "Check the ledger.",
     "version": "Print the version.",
 }
 """Name → one line of help. The command is the attribute of the same name in ``control_plane.cli.NAME``."""

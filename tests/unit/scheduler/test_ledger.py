@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Any
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
 from control_plane.db import Database
-from control_plane.services.lifecycle import transition
 from control_plane.states import Outcome, Status, StopReason
-from control_plane.tables import Attempt, AttemptUsage, Checkpoint, CostRecord, TrainingJob
+from control_plane.tables import AttemptUsage, Checkpoint, CostRecord, TrainingJob
 from scheduler import ledger
-from scheduler.executor import RankTimes
-from scheduler.verify import verify
-from tests.rows import PRICE, make_attempt, make_running_job, make_team
-
-HOUR_MS = 3_600_000
-
-
-def price_of(gpu_ms: int, microusd_per_hour: int = PRICE) -> int:
-    return round(Fraction(gpu_ms * microusd_per_hour, HOUR_MS))  # Fraction rounds half to even
-
-
-async def running(database: Database, **fields: Any) -> tuple[str, str]:
-    async with database.write() as session:
-        job, attempt = await make_running_job(session, **fields)
-    return job.id, attempt.id
-
-
-async def report(database: Database, ids: tuple[str, str], usage: ledger.Usage, *, least_ms: int = 10_000) -> bool:
-    async with database.write() as session:
-        job, attempt = await session.get_one(TrainingJob, ids[0]), await session.get_one(Attempt, ids[1])
-        await ledger.record(session, attempt, usage)
-        return await ledger.post(session, job, attempt, least_ms=least_ms)
-
-
-async def settle(
-    database: Database,
-    ids: tuple[str, str],
-    outcome: Outcome,
-    *,
-    held_ms: int | None = None,
-    stop_reason: StopReason | None = None,
-) -> None:
-    times = [] if held_ms is None else [RankTimes(0, 1_000, 1_000 + held_ms, "node")]
-    async with database.write() as session:
-        job, attempt = await session.get_one(TrainingJob, ids[0]), await session.get_one(Attempt, ids[1])
-        await ledger.settle(session, job, attempt, outcome=outcome, stop_reason=stop_reason, times=times)
-        attempt.outcome, attempt.held_ms = outcome, ledger.held_ms(times)
-
-
-async def checkpoint(database: Database, ids: tuple[str, str], step: int, usage: ledger.Usage) -> None:
-    async with database.write() as session:
-        session.add(
-            Checkpoint(
-                job_id=ids[0],
-                attempt_id=ids[1],
-                step=step,
-                epoch=0,
-                loss=1.0,
-                storage_key=f"k{step}",
-                file_size=1,
-                sha256="0",
-                usage=usage,
-            )
-        )
-
-
-async def next_attempt(database: Database, ids: tuple[str, str], **fields: Any) -> tuple[str, str]:
-    async with database.write() as session:
-        job = await session.get_one(TrainingJob, ids[0])
-        job.attempt += 1
-        return ids[0], (await make_attempt(session, job, **fields)).id
-
-
-async def records(database: Database, job_id: str) -> list[tuple[str, int, int]]:
-    """(kind, gpuMs, amount) in order."""
-    async with database.read() as session:
-        found = await session.scalars(select(CostRecord).where(CostRecord.job_id == job_id).order_by(CostRecord.id))
-        return [(r.details["kind"], r.details["gpuMs"], r.amount_microusd) for r in found]
-
-
-async def finish_job(database: Database, job_id: str) -> TrainingJob:
-    async with database.write() as session:
-        job = await session.get_one(TrainingJob, job_id)
-        await transition(session, job, Status.CANCELLED)
-    return job
-
-
-async def violations(database: Database) -> list[Any]:
-    async with database.read() as session:
-        return await verify(session)
-
+from tests.ledgers import (
+    HOUR_MS,
+    checkpoint,
+    finish_job,
+    next_attempt,
+    price_of,
+    records,
+    report,
+    running,
+    settle,
+    violations,
+)
+from tests.rows import PRICE, make_running_job, make_team
 
 reports = st.lists(
     st.dictionaries(
@@ -255,26 +183,83 @@ async def test_time_absorbed_before_leaves_the_allowance(database: Database) -> 
         assert await ledger.allowance_ms(session, job, attempt, 1_800_000) == 40_000 + 5_000
 
 
-DAMAGES = {
-    "rounded once": "UPDATE cost_records SET amount_microusd = amount_microusd + 1",
-    "posted what was used": "UPDATE attempt_usage SET gpu_ms = gpu_ms + 1000 WHERE kind = 'training'",
-    "absorbed is part of used": "UPDATE attempt_usage SET absorbed_ms = gpu_ms + 1 WHERE kind = 'tail'",
-    "billed + absorbed = held": "UPDATE attempts SET held_ms = held_ms + 251",
-    "ended with its attempts": "UPDATE attempts SET outcome = NULL",
-    "absorbed is recorded": "DELETE FROM cost_records WHERE amount_microusd = 0",
-    "final cost is the sum": "UPDATE training_jobs SET final_cost_microusd = 0",
-    "price pinned at acceptance": "UPDATE training_jobs SET price_microusd_per_hour = 1",
-    "held until the end": "UPDATE budget_holds SET state = 'OPEN'",
-}
+async def absorb_past(database: Database, job_id: str, checkpoint_id: str | None) -> bool:
+    async with database.write() as session:
+        job = await session.get_one(TrainingJob, job_id)
+        point = checkpoint_id and await session.get_one(Checkpoint, checkpoint_id)
+        return await ledger.absorb_past(session, job, point or None)
 
 
-async def test_verify_names_what_is_wrong(database: Database) -> None:
+async def torn(database: Database) -> tuple[list[tuple[str, str]], str]:
+    """Three attempts, each with checkpoints after 10 and 20 s and then paused; the first checkpoint of the second."""
+    attempts, second = [await running(database, gpu_count=2)], ""
+    for number in range(3):
+        if number:
+            attempts.append(await next_attempt(database, attempts[0]))
+        for step in (1, 2):
+            ms = step * 10_000
+            point = await checkpoint(
+                database, attempts[-1], 2 * number + step, {"0": {"training": ms}, "1": {"training": ms - 1_000}}
+            )
+            second = point if (number, step) == (1, 1) else second
+        await report(database, attempts[-1], {"0": {"training": 21_000}, "1": {"training": 21_000}})
+        await settle(database, attempts[-1], Outcome.STOPPED, stop_reason=StopReason.PAUSE)
+    return attempts, second
+
+
+async def test_torn_checkpoints_take_what_was_billed_past_the_whole_one(database: Database) -> None:
+    attempts, second = await torn(database)
+    before = await records(database, attempts[0][0])
+    current = await next_attempt(database, attempts[0])
+    await report(database, current, {"0": {"training": 5_000}})
+    assert await absorb_past(database, attempts[0][0], second)
+    assert (await records(database, attempts[0][0]))[len(before) :] == [
+        ("reversal", -23_000, -2_300),
+        ("absorbed", 23_000, 0),
+        ("reversal", -42_000, -4_200),
+        ("absorbed", 42_000, 0),
+    ]
+    async with database.read() as session:
+        found = await session.scalars(select(CostRecord).order_by(CostRecord.recorded_at).offset(len(before)))
+        assert [record.attempt_id for record in found] == [attempts[1][1]] * 2 + [attempts[2][1]] * 2
+    assert not await absorb_past(database, attempts[0][0], second)
+    for late in attempts:
+        await report(database, late, {"0": {"training": 99_000}}, least_ms=0)
+        await settle(database, late, Outcome.STOPPED, stop_reason=StopReason.PAUSE)
+    await settle(database, current, Outcome.COMPLETED)
+    job = await finish_job(database, attempts[0][0], Status.COMPLETED)
+    assert job.final_cost_microusd == price_of(42_000 + 19_000 + 5_000)
+    assert await violations(database) == []
+
+
+async def test_a_later_tear_takes_more_and_starting_over_takes_all(database: Database) -> None:
+    attempts, second = await torn(database)
+    await next_attempt(database, attempts[0])
+    await absorb_past(database, attempts[0][0], second)
+    assert await absorb_past(database, attempts[0][0], None)
+    assert sum(amount for *_, amount in await records(database, attempts[0][0])) == 0
+    assert await violations(database) == []
+
+
+async def test_a_job_that_has_ended_is_given_back_what_its_retry_lost(database: Database) -> None:
+    attempts, second = await torn(database)
+    before = await finish_job(database, attempts[0][0])
+    assert await absorb_past(database, attempts[0][0], second)
+    async with database.read() as session:
+        after = await session.get_one(TrainingJob, attempts[0][0])
+    assert after.final_cost_microusd == after.current_cost_microusd == (before.final_cost_microusd or 0) - 6_500
+    assert await violations(database) == []
+
+
+async def test_records_keep_their_order_when_clocks_do_not(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = await running(database)
     await report(database, ids, {"0": {"training": 20_000}})
-    await settle(database, ids, Outcome.COMPLETED, held_ms=20_300)
-    await finish_job(database, ids[0])
-    assert await violations(database) == []
-    for rule, damage in DAMAGES.items():
-        async with database.read() as session:
-            await (await session.connection()).exec_driver_sql(damage)
-            assert rule in {violation.rule for violation in await verify(session)}, rule
+    async with database.read() as session:
+        first = (await session.scalars(select(CostRecord.recorded_at))).one()
+    monkeypatch.setattr("control_plane.tables.base.clock", lambda: first.replace(year=2020))
+    await report(database, ids, {"0": {"training": 40_000}})
+    async with database.read() as session:
+        found = list(await session.scalars(select(CostRecord).order_by(CostRecord.recorded_at)))
+    assert [record.details["gpuMs"] for record in found] == [20_000, 20_000]
+    assert found[1].recorded_at > first
+    assert found[1].billing_period == first.replace(hour=0, minute=0, second=0, microsecond=0)

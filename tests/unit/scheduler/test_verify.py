@@ -1,0 +1,253 @@
+"""Each invariant, by one row that breaks it; and the command that checks them, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import event, select, text
+
+from control_plane import migrations
+from control_plane.db import Database
+from control_plane.services import budget
+from control_plane.services.alerts import cost_alerts
+from control_plane.settings import Settings
+from control_plane.states import Outcome, Status
+from control_plane.tables import CostRecord, Notification, PriceVersion, Team, TrainingJob, now
+from scheduler.accrual import Accrual
+from scheduler.lease import Lease
+from scheduler.verify import verify
+from tests.ledgers import checkpoint, finish_job, next_attempt, report, running, settle, violations
+from tests.rows import make_dataset, make_price, make_running_job, make_team
+
+GIB = 1024**3
+LONG_AGO = "'2020-02-29 12:00:00.000000'"
+
+
+async def fill(database: Database) -> dict[str, str]:
+    """A ledger with everything in it; ids by what they are of."""
+    async with database.write() as session:
+        team = await make_team(session, budget_microusd=10_000)
+        await make_dataset(session, team, file_size=GIB, uploaded_at=now() - timedelta(days=1))
+        version = await make_price(session)
+        version.storage_microusd_per_gib_month, version.effective_from = 9_000, now() - timedelta(days=9)
+        open_job, _ = await make_running_job(session, team=team, held_microusd=1_000)
+    first = await running(database, team=team, held_microusd=4_000)
+    await checkpoint(database, first, 5, {"0": {"training": 10_000}})
+    await report(database, first, {"0": {"loading": 5_000, "training": 20_000}})
+    await settle(database, first, Outcome.FAULT, held_ms=25_200)
+    second = await next_attempt(database, first, recovery=True)
+    await report(database, second, {"0": {"loading": 5_000, "training": 20_000}})
+    await settle(database, second, Outcome.COMPLETED, held_ms=25_000)
+    await finish_job(database, first[0], Status.COMPLETED)
+    async with database.write() as session:
+        await budget.change(session, team.id, 7_000)
+        await cost_alerts(session, team.id)
+        await budget.change(session, team.id, 3_700)
+        await cost_alerts(session, team.id)
+    lease = Lease(database, 60)
+    await lease.try_acquire()
+    await Accrual(database, lease).catch_up()
+    async with database.read() as session:
+        kinds = await session.execute(select(CostRecord.details, CostRecord.id).order_by(CostRecord.recorded_at))
+        found = {f"the {row.details['kind']}": row.id for row in kinds if "day" not in row.details}
+        storage = (await session.scalars(select(CostRecord.id).where(CostRecord.cost_type == "STORAGE"))).one()
+        alert = (await session.scalars(select(Notification.id).order_by(Notification.id))).first()
+    assert alert is not None
+    ids = {"job": first[0], "first": first[1], "second": second[1], "open": open_job.id, "team": team.id}
+    return {**ids, **found, "storage": storage, "alert": alert}
+
+
+JOB = "WHERE id = '{job}'"
+DAMAGES = [
+    ("price pinned at acceptance", "job", f"UPDATE training_jobs SET price_microusd_per_hour = 1 {JOB}"),
+    ("price version in every record", "job", "INSERT a version"),
+    ("record of a known job and attempt", "the reversal", "UPDATE cost_records SET job_id = NULL WHERE {record}"),
+    ("record of a known job and attempt", "the reversal", "UPDATE cost_records SET attempt_id = NULL WHERE {record}"),
+    ("record of a known job and attempt", "the charge", "UPDATE cost_records SET job_id = '{open}' WHERE {record}"),
+    ("append-only", "storage", f"UPDATE cost_records SET updated_at = {LONG_AGO} WHERE {{record}}"),
+    ("append-only", "the charge", f"UPDATE cost_records SET billing_period = {LONG_AGO} WHERE {{record}}"),
+    ("kinds of records", "the absorbed", "UPDATE cost_records SET amount_microusd = 1 WHERE {record}"),
+    ("kinds of records", "the absorbed", {"gpuMs": -5_000}),
+    ("kinds of records", "the reversal", {"kind": "charge"}),
+    (
+        "reversed only what was charged",
+        "first",
+        "UPDATE cost_records SET recorded_at = {0} WHERE id = '{the reversal}'",
+    ),
+    ("rounded once", "job", "UPDATE cost_records SET amount_microusd = amount_microusd + 1 WHERE id = '{the charge}'"),
+    ("posted what was used", "first", "DELETE FROM cost_records WHERE id = '{the reversal}'"),
+    ("posted what was used", "second", "UPDATE attempt_usage SET gpu_ms = 20001 WHERE {usage} AND kind = 'training'"),
+    ("posted what was used", "second", "DELETE FROM cost_records WHERE id = '{the charge}'"),
+    ("absorbed is recorded", "second", "DELETE FROM cost_records WHERE id = '{the absorbed}'"),
+    ("absorbed is part of used", "second", "UPDATE attempt_usage SET absorbed_ms = -1 WHERE {usage}"),
+    ("absorbed is part of used", "second", "UPDATE attempt_usage SET absorbed_ms = gpu_ms + 1 WHERE {usage}"),
+    ("billed + absorbed = held", "second", "UPDATE attempts SET held_ms = held_ms + 251 WHERE id = '{second}'"),
+    ("held until the end", "job", "UPDATE budget_holds SET state = 'OPEN' WHERE job_id = '{job}'"),
+    ("held until the end", "open", "UPDATE budget_holds SET state = 'CLOSED' WHERE job_id = '{open}'"),
+    ("held until the end", "job", "DELETE FROM budget_holds WHERE job_id = '{job}'"),
+    ("final cost is the sum", "job", f"UPDATE training_jobs SET final_cost_microusd = 0 {JOB}"),
+    ("current cost is the sum", "job", f"UPDATE training_jobs SET current_cost_microusd = 0 {JOB}"),
+    ("ended with its attempts", "second", "UPDATE attempts SET outcome = NULL WHERE id = '{second}'"),
+    ("charged what was reserved", "job", "UPDATE budget_holds SET amount_microusd = -1 WHERE job_id = '{job}'"),
+    ("within the budget", "team", "UPDATE budget_holds SET amount_microusd = 9999 WHERE job_id = '{open}'"),
+    ("within the budget", "team", "lower the budget behind the audit trail's back"),
+    ("storage once a day", "storage", "UPDATE cost_records SET dedupe_key = NULL WHERE {record}"),
+    ("storage once a day", "storage", {"day": "2999-01-01"}),
+    ("storage at its price", "storage", {"bytes": 1}),
+    ("alerted once a month", "alert", "UPDATE notifications SET dedupe_key = 'another' WHERE id = '{alert}'"),
+]
+
+
+async def damage(session: Any, how: str | dict[str, Any], ids: dict[str, str], victim: str) -> None:
+    if isinstance(how, dict):
+        record = await session.get_one(CostRecord, ids[victim])
+        record.details = {**record.details, **how}
+        await session.flush()
+    elif how == "INSERT a version":
+        job = await session.get_one(TrainingJob, ids["job"])
+        prices = {"cpu": job.price_microusd_per_hour}
+        session.add(
+            PriceVersion(
+                id="other",
+                number=2,
+                effective_from=now(),
+                gpu_microusd_per_hour=prices,
+                storage_microusd_per_gib_month=0,
+            )
+        )
+        await session.flush()
+        job.price_version_id = "other"
+        await session.flush()
+    elif how.startswith("lower"):
+        await session.execute(text("DELETE FROM audit_events"))
+        (await session.get_one(Team, ids["team"])).monthly_budget_microusd = 1_000
+        await session.flush()
+    else:
+        places = {"record": f"id = '{ids[victim]}'", "usage": f"attempt_id = '{ids['second']}'"}
+        await session.execute(text(how.format(LONG_AGO, **ids, **places).replace(":00:", r"\:00\:")))
+
+
+async def test_each_broken_invariant_is_named(database: Database) -> None:
+    ids = await fill(database)
+    assert await violations(database) == []
+    for rule, victim, how in DAMAGES:
+        async with database.read() as session:
+            await damage(session, how, ids, victim)
+            session.expire_all()
+            found = {(violation.rule, violation.object_id) for violation in await verify(session)}
+            assert (rule, ids[victim]) in found, (rule, victim, how, found)
+
+
+async def test_a_budget_that_is_lowered_below_what_is_held_is_no_violation(database: Database) -> None:
+    async with database.write() as session:
+        team = await make_team(session)
+    ids = await running(database, team=team, held_microusd=5_000)
+    async with database.write() as session:
+        await budget.change(session, team.id, 6_000)
+    await report(database, ids, {"0": {"training": 20_000}})
+    async with database.write() as session:
+        await budget.change(session, team.id, 100)
+    await report(database, ids, {"0": {"training": 50_000}})
+    assert await violations(database) == []
+    await report(database, ids, {"0": {"training": 79_999}})
+    assert await violations(database) == []
+    await report(database, ids, {"0": {"training": 90_000}})
+    assert await violations(database) == []  # accepted without a limit: nobody reserved what it was granted
+    async with database.write() as session:
+        job = await session.get_one(TrainingJob, ids[0])
+        job.created_at = now()
+    (violation,) = await violations(database)
+    assert (violation.rule, violation.object_id) == ("charged what was reserved", ids[0])
+
+
+@pytest.fixture
+async def empty_postgres(postgres_socket: str) -> AsyncIterator[str]:
+    admin = await asyncpg.connect(host=postgres_socket, user="postgres", database="postgres")
+    await admin.execute("CREATE DATABASE verified")
+    yield f"postgresql+asyncpg://postgres@/verified?host={postgres_socket}"
+    await admin.execute("DROP DATABASE verified WITH (FORCE)")
+    await admin.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def installation(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    url = "" if request.param == "sqlite" else request.getfixturevalue("empty_postgres")
+    return Settings(data_dir=tmp_path / "data", database_url=url)
+
+
+async def command(installation: Settings, *arguments: str) -> tuple[int, str, str]:
+    """Exit code and what was written of ``brightrun ledger verify``."""
+    argv = [sys.executable, "-m", "control_plane.cli", "ledger", "verify", *arguments]
+    env = {**os.environ, **installation.to_env(), "BRIGHTRUN_DATA_DIR": "/nowhere"}
+    process = await asyncio.create_subprocess_exec(*argv, env=env, stdout=-1, stderr=-1)
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_the_command(installation: Settings) -> None:
+    folder = ("--data-dir", str(installation.data_dir))
+    code, _, said = await command(installation, *folder)
+    assert (code, "Traceback" in said) == (2, False)
+    assert "There is no database at" in said or "`brightrun migrate`" in said
+    assert not installation.data_dir.exists()
+
+    await migrations.upgrade(installation)
+    database = Database(installation.database_url)
+    ids = await fill(database)
+    assert await command(installation, *folder) == (
+        0,
+        "The ledger balances: 6 records of 2 jobs and 3 attempts, 12 rules\n",
+        "",
+    )
+    async with database.write() as session:  # the installation may be at work
+        await session.execute(text("UPDATE cost_records SET amount_microusd = amount_microusd + 7"))
+        if installation.is_sqlite:
+            code, said, _ = await command(installation, *folder)
+            assert code == 0
+    code, said, _ = await command(installation, *folder)
+    assert code == 1
+    assert said.startswith("VIOLATED kinds of records: ")
+    assert said.count("VIOLATED") == 1
+    code, said, _ = await command(installation, *folder, "--all")
+    assert f"VIOLATED rounded once: {ids['job']}: " in said
+    async with database.write() as session:
+        await session.execute(text("DELETE FROM alembic_version"))
+    await database.close()
+    code, _, said = await command(installation, *folder)
+    assert (code, "`brightrun migrate`" in said) == (2, True)
+
+
+async def test_what_is_no_database_is_told(tmp_path: Path) -> None:
+    (tmp_path / "brightrun.sqlite3").write_text("hello" * 1000)
+    for url in ("", f"postgresql+asyncpg://postgres:secret@/x?host={tmp_path}"):
+        installation = Settings(data_dir=tmp_path, database_url=url)
+        code, _, said = await command(installation, "--data-dir", str(tmp_path))
+        assert (code, "cannot be read" in said, "Traceback" in said, "secret" in said) == (2, True, False, False)
+
+
+async def test_ten_thousand_jobs_take_a_query_a_table(database: Database) -> None:
+    """As many statements for many jobs as for one."""
+    counts = []
+    for jobs in (1, 20):
+        async with database.write() as session:
+            for _ in range(jobs):
+                await make_running_job(session)
+        statements = 0
+
+        def count(*_: Any) -> None:
+            nonlocal statements
+            statements += 1
+
+        event.listen(database.engine.sync_engine, "before_cursor_execute", count)
+        await violations(database)
+        event.remove(database.engine.sync_engine, "before_cursor_execute", count)
+        counts.append(statements)
+    assert counts[0] == counts[1] <= 12
