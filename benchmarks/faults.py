@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
         code = sandbox.run_inside("benchmarks.faults", arguments)
         if code is not None:
             return code
+    sandbox.interruptible()
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(10**6)
     report.heading(f"Faults: {given.kills} kills, seed {seed}")
     plan = drawn(given.kills, seed, given.flavour or list(FLAVOURS), first=given.first)

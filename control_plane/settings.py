@@ -48,6 +48,7 @@ class Settings:
     cpu_threads: int = _setting(0, "threads of a rank on `cpu`; 0: cores / cpu_slots")
     tick_s: float = _setting(0.5, "pause between scheduler ticks, seconds")
     lease_timeout_s: float = _setting(10.0, "a scheduler whose beat stands still this long is superseded, seconds")
+    min_free_mib: int = _setting(512, "datasets and jobs are taken only while the disk has more free than this, MiB")
     allowance_s: int = _setting(1800, "GPU-seconds a rank may go on without hearing from a scheduler")
 
     webhook_networks: str = _setting("public", "where webhooks may lead: public addresses only, or any")

@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import url2pathname
 
 import obstore
+from obstore.exceptions import BaseError as StoreError
 from obstore.store import LocalStore, S3Store, from_url
 
+__all__ = ["Storage", "StoreError", "UrlSigner"]
 CHUNK = 4 * 1024 * 1024
 
 
@@ -50,6 +53,7 @@ class Storage:
 
     def __init__(self, url: str, signer: UrlSigner | None = None) -> None:
         self.local = url.startswith("file:")
+        self.folder = Path(url2pathname(urlsplit(url).path)) if self.local else None
         self._signer = signer
         self._store: Any = LocalStore.from_url(url, mkdir=True) if self.local else from_url(url)
 

@@ -21,7 +21,7 @@ RECIPE = {
     "presetId": "balanced",
     "gpuConfig": {"type": "cpu", "count": 1},
     "hyperparameters": {
-        "batchSize": 16,
+        "batchSize": 4,
         "maxSteps": STEPS,
         "numEpochs": 50,
         "checkpointSteps": CHECKPOINT_STEPS,

@@ -34,14 +34,22 @@ def is_inside() -> bool:
 
 
 def run_inside(module: str, arguments: list[str]) -> int | None:
-    """``python -m MODULE`` within; its exit code. SIGTERM and SIGINT reach it as SIGINT. None: not allowed here."""
+    """``python -m MODULE`` within; its exit code. None: not allowed here.
+
+    The first SIGINT or SIGTERM reaches it as SIGINT, the second ends everything at once.
+    """
     command = unshare()
     if command is None:
         return None
     shell = ["sh", "-c", INIT, "sh", sys.executable, "-m", module, *arguments]
     process = subprocess.Popen([*command, *shell], env=os.environ | {INSIDE: "1"}, start_new_session=True)
 
+    def kill(_number: int, _frame: FrameType | None) -> None:
+        process.kill()
+
     def pass_on(_number: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, kill)
         for inner in psutil.Process(process.pid).children(recursive=True):
             if inner.cmdline()[1:3] == ["-m", module]:
                 inner.send_signal(signal.SIGINT)
@@ -49,6 +57,12 @@ def run_inside(module: str, arguments: list[str]) -> int | None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     return process.wait()
+
+
+def interruptible() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, even where a shell in the background has switched SIGINT off."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def others() -> list[psutil.Process]:

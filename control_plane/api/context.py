@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.auth import SAFE_METHODS, principal_of
 from control_plane.db import Database
+from control_plane.errors import ServiceUnavailable
 from control_plane.schemas import base
 from control_plane.services import idempotency
 from control_plane.services.catalog import Catalog
@@ -26,6 +28,8 @@ from control_plane.storage import Storage
 
 T = TypeVar("T")
 AnyRequest = Request[Any, Any, Any]
+MIB = 1024 * 1024
+DISK_RETRY_S = 60
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,17 @@ class Installation:
     storage: Storage
     catalog: Catalog
     secret: bytes
+
+    def require_room(self, size: int = 0) -> None:
+        """That ``size`` bytes more leave the disk enough to go on with. Raises ServiceUnavailable."""
+        least = self.settings.min_free_mib * MIB
+        for folder in filter(None, (self.settings.data_dir, self.storage.folder)):
+            free = shutil.disk_usage(folder).free
+            if free - size < least:
+                raise ServiceUnavailable(
+                    f"The disk is nearly full: {free // MIB} MiB free, {self.settings.min_free_mib} MiB are kept free",
+                    retry_after_s=DISK_RETRY_S,
+                )
 
 
 House: TypeAlias = NamedDependency[Installation]

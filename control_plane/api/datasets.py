@@ -45,6 +45,7 @@ class DatasetController(Controller):
         model = installation.catalog.base_model(data.base_model or settings.default_base_model)
 
         async def run() -> Upload:
+            installation.require_room(data.file_size if installation.storage.folder else 0)
             dataset = await datasets.create(session, who, data, model)
             return Upload(dataset_id=dataset.id, upload_url=dataset.storage_key, upload_method="PUT", upload_headers={})
 

@@ -32,6 +32,7 @@ class ObjectController(Controller):
         limit, dataset_id = int(claims["limit"]), claims["dataset"]
         if (request.content_length or 0) > limit:
             raise _too_large(limit)
+        installation.require_room(limit)
         await _require_uploading(installation, dataset_id)
         digest = hashlib.sha256()
         await installation.storage.put(key, _bounded(request, limit, installation, dataset_id, digest))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asyncpg.exceptions import CannotConnectNowError
 from litestar import Litestar, get
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, OperationalError
@@ -71,6 +72,9 @@ async def test_an_error_of_ours_tells_nothing_internal(ada: Account, monkeypatch
         (OperationalError("SELECT 1", {}, Exception("database is locked")), 503),
         (OperationalError("SELECT 1", {}, Exception("database or disk is full")), 503),
         (OSError(28, "No space left on device"), 503),
+        (ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 5432)"), 503),
+        (TimeoutError(), 503),
+        (CannotConnectNowError("the database system is starting up"), 503),
         (IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed")), 500),
     ],
 )
