@@ -56,6 +56,7 @@ class JobController(Controller):
         default = installation.settings.default_base_model
 
         async def run() -> NewJob:
+            installation.require_room()
             job, ready = await jobs.create(session, who, data, installation.catalog, default)
             position = (await jobs.queue_positions(session, [job]))[job.id]
             return NewJob(job_id=job.id, queue_position=position, estimate=ready.estimate, warnings=ready.warnings)
@@ -144,6 +145,7 @@ class JobController(Controller):
         self, job_id: FromPath[str], installation: House, session: Session, who: Caller, idempotent: Once
     ) -> Ok[RetriedJob]:
         async def run() -> RetriedJob:
+            installation.require_room()
             job, ready = await retries.retry(session, who, job_id, installation.catalog)
             (seen,) = await _seen(session, [job])
             return RetriedJob(
