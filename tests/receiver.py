@@ -33,7 +33,9 @@ class Receiver:
         self.script: dict[str, list[Answer]] = defaultdict(list)
         self.port = 0
         self.open = 0
-        """Connections."""
+        """Connections that stand now."""
+        self.connections = 0
+        """All that were made."""
 
     def url(self, path: str, host: str = "127.0.0.1", scheme: str = "http") -> str:
         return f"{scheme}://{host}:{self.port}{path}"
@@ -43,6 +45,7 @@ class Receiver:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
+        self.connections += 1
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             first, *lines = head.strip().split("\r\n")
@@ -75,7 +78,9 @@ class Receiver:
 
 
 @contextlib.asynccontextmanager
-async def receiving(tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> AsyncIterator[Receiver]:
+async def receiving(
+    tls: ssl.SSLContext | None = None, host: str = "127.0.0.1", port: int = 0
+) -> AsyncIterator[Receiver]:
     receiver = Receiver()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -84,7 +89,7 @@ async def receiving(tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") 
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(connected, host, 0, ssl=tls)
+    server = await asyncio.start_server(connected, host, port, ssl=tls)
     receiver.port = server.sockets[0].getsockname()[1]
     try:
         yield receiver
