@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TOLERANCE_MS = 250
 """Of each rank."""
 OVERSHOOT_S = 30
+GENEROUS_S = 10
 MS_PER_HOUR = 3_600_000
 SQL_TIME = "%Y-%m-%d %H:%M:%S.%f"
 
@@ -89,7 +90,7 @@ class Books:
 
     def _take_records(self) -> None:
         """New records; those that are there may not change."""
-        ((count,),) = self.oracle.rows("SELECT count(*) FROM cost_records")
+        ((count,),) = self.oracle.rows("SELECT count(*) FROM cost_records WHERE cost_type = 'COMPUTE'")
         if count == len(self._records):
             return
         self._check_unchanged()
@@ -128,7 +129,7 @@ class Books:
         force while any ran counts."""
         for team_id, budget in self.oracle.rows("SELECT id, monthly_budget_microusd FROM teams"):
             limit = float("inf") if budget is None else float(budget)
-            posted = self._posted(team_id, process.now())
+            posted = self._posted(team_id, process.now(), "AND cost_type = 'COMPUTE'")
             running = self.oracle.rows(
                 "SELECT 1 FROM attempts a JOIN training_jobs j ON j.id = a.work_id"
                 " WHERE j.team_id = ? AND a.outcome IS NULL",
@@ -143,10 +144,11 @@ class Books:
                 self.oracle.fail("posted ≤ budget + 30 GPU-seconds a job", f"{team_id}: {posted} of {limit}")
             self._ceilings[team_id] = max(known, limit) if running else max(limit, float(posted))
 
-    def _posted(self, team_id: str, at: datetime) -> int:
+    def _posted(self, team_id: str, at: datetime, only: str = "") -> int:
         month = at.replace(day=1, hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
         ((total,),) = self.oracle.rows(
-            "SELECT coalesce(sum(amount_microusd), 0) FROM cost_records WHERE team_id = ? AND billing_period >= ?",
+            "SELECT coalesce(sum(amount_microusd), 0) FROM cost_records WHERE team_id = ? AND billing_period >= ?"
+            + only,
             team_id,
             month.strftime(SQL_TIME),
         )
@@ -162,17 +164,21 @@ class Books:
         return sum(max(0, rest) for (rest,) in rows)
 
     def cannot_go_on(self, job_id: str) -> bool:
-        """Whether a job that the budget paused has good reason to wait: less is free than a second of it costs."""
-        ((team_id, budget, price),) = self.oracle.rows(
-            "SELECT t.id, t.monthly_budget_microusd, j.price_microusd_per_hour FROM training_jobs j"
-            " JOIN teams t ON t.id = j.team_id WHERE j.id = ?",
+        """Whether a job that the budget paused has good reason to wait: what is left would not pay for all of it twice
+        over."""
+        ((team_id, budget, price, ranks, hold, charged),) = self.oracle.rows(
+            "SELECT t.id, t.monthly_budget_microusd, j.price_microusd_per_hour, j.gpu_count, h.amount_microusd,"
+            " (SELECT coalesce(sum(amount_microusd), 0) FROM cost_records c WHERE c.job_id = j.id)"
+            " FROM training_jobs j JOIN teams t ON t.id = j.team_id JOIN budget_holds h ON h.job_id = j.id"
+            " WHERE j.id = ?",
             job_id,
         )
         if budget is None:
             return False
-        at = self.world.schedulers[0].process
-        assert at is not None
-        return bool(budget - self._posted(team_id, at.now()) - self._held(team_id) < price / 3600 * 60)
+        at = min(process.now() for host in self.world.schedulers if (process := host.process))
+        left = max(0, hold - charged) + budget - self._posted(team_id, at) - self._held(team_id)
+        whole_s = self.world.cluster.training_of(job_id).whole_s
+        return bool(left < price / 3600 * ranks * 2 * (whole_s + GENEROUS_S))
 
     # At the end.
 
@@ -180,6 +186,12 @@ class Books:
         self._check_unchanged()
         for (job_id,) in self.oracle.rows("SELECT id FROM training_jobs ORDER BY id"):
             self._check_job(job_id)
+        for team_id, day, count in self.oracle.rows(
+            "SELECT team_id, json_extract(details, '$.day'), count(*) FROM cost_records WHERE cost_type = 'STORAGE'"
+            " GROUP BY 1, 2"
+        ):
+            if count > 1:
+                self.oracle.fail("storage is charged once a day", f"{team_id} {day}: {count} records")
 
     def _check_job(self, job_id: str) -> None:
         attempts = self.oracle.rows(

@@ -94,6 +94,11 @@ class Training:
             checkpoint_every=rng.randint(2, 5),
         )
 
+    @property
+    def whole_s(self) -> float:
+        """All of it, undisturbed."""
+        return self.load_s + self.steps * (self.step_s + self.save_s)
+
 
 class Cluster(FakeExecutor):
     """Levers as of ``FakeExecutor``, and ``strike``."""

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
 
 import uuid6
 
+import scheduler.accrual
 import scheduler.collect
 import scheduler.finish
 import scheduler.lease
@@ -23,11 +24,11 @@ from control_plane.tables import Dataset, Membership, Team, User, Verdict, base
 from control_plane.tables.accounts import TeamRole
 from control_plane.tables.work import DatasetStatus
 from scheduler.simulator import faults
-from scheduler.simulator.clock import PROCESS, Process, Stuck, VirtualLoop
+from scheduler.simulator.clock import PROCESS, Clock, Process, Stuck, VirtualLoop
 from scheduler.simulator.database import empty_database
 from scheduler.simulator.oracle import Violated
 from scheduler.simulator.users import MODEL, Customer
-from scheduler.simulator.world import FIRST_DAY, TEAMS, Errors, World, catalog
+from scheduler.simulator.world import MIDNIGHT, TEAMS, Errors, World, catalog
 
 FAULTS_S = 80.0
 """From then on nothing goes wrong any more."""
@@ -39,6 +40,7 @@ PACE = (
     (scheduler.collect, "POLL_S", 3.0),
     (scheduler.mirror, "PAUSE_S", 5.0),
     (scheduler.mirror, "LONGEST_PAUSE_S", 10.0),
+    (scheduler.accrual, "CATCH_UP", timedelta(days=2)),
     (scheduler.finish, "RETRY_PAUSES_S", (1.0, 3.0, 6.0)),
 )
 """Coarser than in real life: fewer steps tell as much."""
@@ -168,6 +170,7 @@ def _patched(world: World) -> Iterator[None]:
 def inhabited_database() -> bytes:
     """A database with teams, their owners and a dataset each that is ready to be trained on."""
     world = World(0, empty_database())
+    world.clock = Clock(MIDNIGHT - timedelta(days=1))
     content: list[bytes] = []
 
     async def fill() -> None:
@@ -202,8 +205,9 @@ async def _fill(world: World) -> None:
                 base_model=MODEL,
                 storage_key=f"datasets/{number}",
                 file_name="conversations.jsonl",
-                file_size=100,
-                created_at=FIRST_DAY,
+                file_size=2**30,
+                uploaded_at=MIDNIGHT - timedelta(days=1),
+                training_ready=True,
             )
             session.add(dataset)
             await session.flush()

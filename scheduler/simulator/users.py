@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from sqlalchemy.exc import DBAPIError
 
-from control_plane.errors import BrightRunError, Conflict
+from control_plane.errors import BrightRunError
 from control_plane.schemas.jobs import CreateJob, GpuConfig, NewJob
-from control_plane.services import costs, idempotency, jobs, lifecycle
+from control_plane.services import costs, idempotency, jobs, lifecycle, paused, retries
 from control_plane.services.accounts import audit
 from control_plane.services.scope import Principal, get_owned
-from control_plane.states import Status, StopReason
+from control_plane.states import StopReason
 from control_plane.tables import PriceVersion, TrainingJob, User, now
 from control_plane.tables.accounts import TeamRole
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scheduler.simulator.world import World
 
 TRIES = 6
-ACTIONS = ("cancel", "pause", "pause", "resume", "resume", "budget", "budget", "price", "submit")
+ACTIONS = ("cancel", "pause", "pause", "resume", "resume", "budget", "budget", "price", "submit", "retry", "retry")
 
 
 class NoAnswer(Exception):
@@ -65,6 +65,9 @@ class Customer:
         )
         twice = self.rng.random() < 0.3
         answers = await asyncio.gather(*(self._persist(lambda: self._create(body, key)) for _ in range(1 + twice)))
+        self._made(key, answers)
+
+    def _made(self, key: str, answers: list[str | None]) -> None:
         for job_id in answers:
             if job_id is not None:
                 self.world.oracle.acknowledged(key, job_id)
@@ -113,12 +116,29 @@ class Customer:
 
         async def ask() -> str:
             async with self.world.database.write() as session:
-                job = await get_owned(session, TrainingJob, self.team_id, job_id, lock=True)
-                if job.status is not Status.PAUSED or not await lifecycle.transition(session, job, Status.QUEUED):
-                    raise Conflict(lifecycle.refusal("resume", job))
+                await paused.resume(session, await get_owned(session, TrainingJob, self.team_id, job_id, lock=True))
             return job_id
 
         await self._persist(ask)
+
+    async def _retry(self) -> None:
+        if not self.jobs:
+            return
+        old = self.rng.choice(self.jobs)
+        self._keys += 1
+        key = f"{self.team_id}-{self._keys}"
+
+        async def ask() -> str:
+            async with self.world.database.write() as session:
+                request = idempotency.Request(scope=f"{self.team_id} POST retry", key=key, body=b"", secret=b"secret")
+
+                async def run() -> str:
+                    job, _ = await retries.retry(session, self.who, old, self.world.catalog)
+                    return job.id
+
+                return await idempotency.once(session, request, str, run)
+
+        self._made(key, [await self._persist(ask)])
 
     async def _budget(self) -> None:
         amount = self.rng.choice((None, "0.002", "0.01", "0.05", "1"))

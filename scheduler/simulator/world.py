@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Coroutine
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -18,7 +19,7 @@ from control_plane.services.catalog import Catalog
 from control_plane.settings import Settings
 from scheduler.lease import Lease, LeaseLost
 from scheduler.loop import ClusterLost, Scheduler
-from scheduler.simulator.clock import Clock, Process
+from scheduler.simulator.clock import PROCESS, Clock, Process
 from scheduler.simulator.cluster import Cluster
 from scheduler.simulator.database import SimulatedDatabase, Store
 from scheduler.simulator.faults import Hazards
@@ -27,7 +28,8 @@ from scheduler.simulator.oracle import Oracle, Violated
 from scheduler.simulator.tracking import FakeTracking
 
 TEAMS = 2
-FIRST_DAY = datetime(2027, 3, 1, tzinfo=UTC)
+MIDNIGHT = datetime(2027, 3, 1, tzinfo=UTC)
+"""Some worlds begin shortly before this new month, the others a few hours after."""
 PERSISTENT_S = 5.0
 
 
@@ -46,9 +48,9 @@ class World:
     def __init__(self, seed: int, content: bytes) -> None:
         self.seed = seed
         rng = self.rng("world")
-        begin = FIRST_DAY + timedelta(days=14, hours=rng.randrange(24))
+        begin = MIDNIGHT + timedelta(hours=rng.randint(2, 20))
         if rng.random() < 0.1:
-            begin = FIRST_DAY - timedelta(seconds=rng.randint(20, 100))
+            begin = MIDNIGHT - timedelta(seconds=rng.randint(20, 100))
         self.clock = Clock(begin)
         self.begin_s = self.clock.now
         self.happenings: list[Happening] = []
@@ -88,7 +90,9 @@ class World:
 
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task of the world's own, outside of every process."""
-        task = asyncio.get_running_loop().create_task(work)
+        context = copy_context()
+        context.run(PROCESS.set, None)
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self._background[task] = None
         task.add_done_callback(self._ended)
         return task
