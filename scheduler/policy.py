@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from control_plane.states import StopReason, WorkKind
+from control_plane.states import RETRY_PAUSES_S, StopReason, WorkKind
 from scheduler.executor import Demand, Liveness, Look
 
+LONGEST_PAUSE = timedelta(seconds=max(RETRY_PAUSES_S))
+"""Who would have to wait longer has nothing to wait for: the clock was set back since."""
 SLACK = 1e-9
 """Slack when fractional resources are compared."""
 
@@ -188,7 +190,7 @@ def _queue(snapshot: Snapshot, now: datetime) -> list[Action]:
 def _obstacle(work: Waiting, snapshot: Snapshot, now: datetime) -> str | None:
     if work.blocked or work.demand is None:
         return work.blocked or "What it asks for is no longer offered"
-    if work.not_before is not None and work.not_before > now:
+    if work.not_before is not None and now < work.not_before <= now + LONGEST_PAUSE:
         return f"Tries again at {work.not_before:%H:%M:%S} UTC after a fault of the platform"
     if not snapshot.look.reachable:
         return "The cluster cannot be reached"

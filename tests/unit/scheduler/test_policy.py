@@ -129,6 +129,10 @@ def test_a_pause_after_a_fault_ends() -> None:
     assert plan(job("a", not_before=NOW - timedelta(seconds=1))) == [Dispatch(WorkKind.JOB, "a")]
 
 
+def test_a_clock_that_was_set_back_prolongs_no_pause() -> None:
+    assert plan(job("a", not_before=NOW + timedelta(hours=1))) == [Dispatch(WorkKind.JOB, "a")]
+
+
 def test_an_attempt_that_the_cluster_never_saw_is_started_again() -> None:
     assert plan(held=(held("a", cluster_id=None),)) == [Start("a", "attempt of a")]
 
