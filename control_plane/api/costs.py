@@ -5,15 +5,24 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated
 
-from litestar import get, put
-from litestar.params import FromQuery, JSONBody, QueryParameter
+from litestar import Response, get, put
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
-from control_plane.api.context import Caller, Pages, Session
+from control_plane.api.context import AnyRequest, Caller, Pages, Session
 from control_plane.auth import SEE_COSTS, SET_BUDGET
 from control_plane.money import usd
 from control_plane.schemas.base import Ok, ok
-from control_plane.schemas.costs import Budget, ChangeBudget, CostGroups, CostOut, Costs, Summary
-from control_plane.services import costs
+from control_plane.schemas.costs import (
+    Budget,
+    ChangeBudget,
+    CostGroups,
+    CostOut,
+    Costs,
+    StatementData,
+    Statements,
+    Summary,
+)
+from control_plane.services import costs, statements
 from control_plane.tables.money import CostType
 
 
@@ -38,6 +47,22 @@ async def list_costs(
 @get("/api/costs/summary", guards=[SEE_COSTS], tags=["costs"], summary="The UTC month so far, and its forecast")
 async def summary(session: Session, who: Caller) -> Ok[Summary]:
     return ok(await costs.summary(session, who.team_id))
+
+
+@get("/api/costs/statements", guards=[SEE_COSTS], tags=["costs"], summary="Months with costs, the newest first")
+async def list_statements(session: Session, who: Caller) -> Ok[Statements]:
+    return ok(Statements(statements=await statements.listed(session, who.team_id)))
+
+
+@get("/api/costs/statements/{month:str}", guards=[SEE_COSTS], tags=["costs"], summary="A month by type and job; or CSV")
+async def get_statement(
+    month: FromPath[str], request: AnyRequest, session: Session, who: Caller
+) -> Response[Ok[StatementData]] | Response[str]:
+    made = await statements.statement(session, who.team_id, statements.Month.named(month))
+    if "text/csv" not in request.headers.get("Accept", ""):
+        return Response(ok(StatementData(statement=made)))
+    name = f'attachment; filename="brightrun-{made.month}.csv"'
+    return Response(statements.as_csv(made), media_type="text/csv", headers={"Content-Disposition": name})
 
 
 @put("/api/budget", guards=[SET_BUDGET], tags=["costs"], summary="Set the team's monthly budget; null: unlimited")

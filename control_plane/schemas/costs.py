@@ -64,3 +64,50 @@ class ChangeBudget(In):
 
 class Budget(Out):
     monthly_budget: Money | None
+
+
+class StatementSummary(Out):
+    month: str
+    """YYYY-MM, UTC."""
+    closed: bool
+    """The month is over: nothing of it changes any more."""
+    total: Money
+    by_type: dict[str, Money]
+    jobs: int
+    reversed: Money
+    """The part of the total that was given back; not above zero."""
+    absorbed_ms: int
+    """GPU-milliseconds that the platform bore."""
+
+
+class Statements(Out):
+    statements: list[StatementSummary]
+
+
+class StatementLine(Out):
+    cost_type: CostType
+    job_id: str | None
+    job_name: str | None
+    records: int
+    charged: Money
+    reversed: Money
+    amount: Money
+    """Charged and reversed together."""
+    gpu_ms: int
+    """Billed, less what was reversed."""
+    absorbed_ms: int
+
+
+class Statement(Out):
+    month: str
+    closed: bool
+    opening: Money
+    """All that was charged before the month."""
+    total: Money
+    """The sum of the lines."""
+    closing: Money
+    lines: list[StatementLine]
+
+
+class StatementData(Out):
+    statement: Statement

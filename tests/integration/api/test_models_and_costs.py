@@ -191,6 +191,28 @@ async def test_costs_are_listed_filtered_and_summed(ada: Account, bob: Account, 
         assert error["fields"].keys() == {name}
 
 
+async def test_statements_by_month(ada: Account, bob: Account, db: Database) -> None:
+    await spend(db, ada, 1_000_001)
+    await spend(db, ada, -1)
+    await spend(db, ada, 500_000, cost_type=CostType.STORAGE, days_ago=40)
+    this, then = f"{now():%Y-%m}", f"{now() - timedelta(days=40):%Y-%m}"
+    months = (await ada.data("GET", "/api/costs/statements"))["statements"]
+    assert [(m["month"], m["closed"], m["total"]) for m in months] == [
+        (this, False, "1.000000"),
+        (then, True, "0.500000"),
+    ]
+    made = (await ada.data("GET", f"/api/costs/statements/{this}"))["statement"]
+    assert (made["opening"], made["closing"], len(made["lines"])) == ("0.500000", "1.500000", 1)
+    table = await ada.call("GET", f"/api/costs/statements/{then}", Accept="text/csv")
+    assert table.headers["Content-Type"].startswith("text/csv")
+    assert f'filename="brightrun-{then}.csv"' in table.headers["Content-Disposition"]
+    assert table.text.splitlines()[1:] == [f"{then},STORAGE,,1,0.500000,0.000000,0.500000,0,0"]
+    assert await bob.data("GET", "/api/costs/statements") == {"statements": []}
+    for bad in ("2026-13", "october", "0000-01", "9999-12"):
+        error = error_of(await ada.call("GET", f"/api/costs/statements/{bad}"), 400, "VALIDATION_ERROR")
+        assert error["fields"].keys() == {"month"}
+
+
 async def test_the_summary_of_the_month(ada: Account, db: Database) -> None:
     await spend(db, ada, 900_000_000, days_ago=40)
     await ada.data("PUT", "/api/budget", {"monthlyBudget": 10})
