@@ -6,6 +6,7 @@ Ray's blocking calls run on threads, every call has a time-out, and Ray's errors
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import sys
@@ -17,8 +18,10 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from scheduler.cluster.head import driver_env
+from scheduler.cluster.watch import GRACE_S
 from scheduler.executor import AttemptGone, AttemptSpec, Batch, Liveness, Look, RankTimes, Unreachable
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 GCS_AWAY_S = 30
 """Ray ends this process when GCS has been away for so long, or has come back as another cluster."""
@@ -45,13 +48,14 @@ class RayExecutor:
         token_file: Path,
         work_root: str,
         child_command: Sequence[str] = TRAINER,
-        grace_s: float = 25.0,
+        grace_s: float = GRACE_S,
     ) -> None:
         self._address, self._token_file, self._work_root = address, token_file, work_root
         self._child_command, self._grace_s = list(child_command), grace_s
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="ray")
         self._connecting: asyncio.Future[ModuleType] | None = None
         self._looking: asyncio.Future[Look] | None = None
+        self._trouble = ""
         self._handles: dict[str, Any] = {}
         self._dead: set[str] = set()
         self._seen: set[str] | None = None
@@ -99,9 +103,14 @@ class RayExecutor:
     async def _look(self) -> Look:
         try:
             await self._driver()
-            return await asyncio.wrap_future(self._threads.submit(self._look_now))
-        except Exception:
+            look = await asyncio.wrap_future(self._threads.submit(self._look_now))
+        except Exception as error:
+            if str(error) != self._trouble:
+                log.warning("the cluster cannot be looked at: %s", error)
+            self._trouble = str(error)
             return Look(reachable=False)
+        self._trouble = ""
+        return look
 
     def _look_now(self) -> Look:
         from scheduler.cluster import gcs
@@ -130,7 +139,8 @@ class RayExecutor:
                 raise AttemptGone(name)
             self._handles[name] = handle
         try:
-            return await asyncio.wait_for(driver.ask(handle, method, *arguments), CALL_S)
+            async with asyncio.timeout(CALL_S):
+                return await driver.ask(handle, method, *arguments)
         except AttemptGone:
             self._handles.pop(name, None)
             raise
@@ -164,7 +174,8 @@ class RayExecutor:
     async def _blocking(self, function: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
         future = asyncio.wrap_future(self._threads.submit(function, *arguments))
         try:
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await future
         except TimeoutError as error:
             raise Unreachable(f"Ray did not answer within {timeout_s:.0f} s") from error
         except Exception as error:
