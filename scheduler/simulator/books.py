@@ -81,11 +81,20 @@ class Books:
             self.oracle.fail("posted + held ≤ budget", f"{job_id}: {posted} + {held} of {budget}")
 
     def _check_prices(self, process: Process) -> None:
-        for job_id, price, gpu_type, prices, effective_from in self.oracle.rows(
-            "SELECT j.id, j.price_microusd_per_hour, j.gpu_type, v.gpu_microusd_per_hour, v.effective_from"
+        """A job's price is its GPU type's in the version that was current at its acceptance, and stays."""
+        for job_id, price, gpu_type, prices, version in self.oracle.rows(
+            "SELECT j.id, j.price_microusd_per_hour, j.gpu_type, v.gpu_microusd_per_hour, v.number"
             " FROM training_jobs j JOIN price_versions v ON v.id = j.price_version_id"
         ):
-            if self._prices.setdefault(job_id, price) != price or json.loads(prices)[gpu_type] != price:
+            if job_id not in self._prices:
+                self._prices[job_id] = price
+                ((current,),) = self.oracle.rows(
+                    "SELECT number FROM price_versions WHERE effective_from <= ? ORDER BY effective_from DESC LIMIT 1",
+                    process.now().strftime(SQL_TIME),
+                )
+                if version != current:
+                    self.oracle.fail("the price of acceptance", f"{job_id}: version {version}, {current} is current")
+            if self._prices[job_id] != price or json.loads(prices)[gpu_type] != price:
                 self.oracle.fail("the price of acceptance stays", f"{job_id}: {price}, was {self._prices[job_id]}")
 
     def _take_records(self) -> None:

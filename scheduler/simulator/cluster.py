@@ -291,7 +291,8 @@ class Child:
         self._emit("phase", name="training")
         while step < training.steps and not self._stops():
             await asyncio.sleep(training.step_s)
-            await self._perhaps_hang()
+            if self.hung:
+                await asyncio.get_running_loop().create_future()
             step += 1
             self._last_sign = self._clock.now
             figures = {"training_loss": 4.0 / step, "learning_rate": 1e-4, "throughput": 100.0}
@@ -331,10 +332,6 @@ class Child:
 
     def _stops(self) -> bool:
         return self._stop_since is not None and not self.deaf
-
-    async def _perhaps_hang(self) -> None:
-        while self.hung:
-            await asyncio.sleep(3600)
 
     async def _watch(self) -> None:
         """What a supervisor does by itself, with no scheduler in sight."""

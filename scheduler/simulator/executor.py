@@ -120,6 +120,8 @@ class FakeExecutor:
         used_ms = sum(sum(kinds.values()) for kinds in usage.values())
         if allowance_ms is not None and used_ms >= allowance_ms:
             self.request_stop(attempt, StopReason.BUDGET)
+            if used_ms >= allowance_ms + attempt.spec.overrun_ms and not attempt.ending:
+                self.end(name, Outcome.FAULT, code="OVER_ALLOWANCE", message="not stopped in time")
         self._leave("poll")
         events = [event for event in attempt.events if event.number > cursor][:500]
         complete = (events[-1].number if events else cursor) >= len(attempt.events)

@@ -8,15 +8,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from scheduler.executor import AttemptGone, AttemptSpec, Batch, Look, RankTimes, StaleEpoch, Unreachable
 from scheduler.simulator.clock import Process
 from scheduler.simulator.tracking import FakeTracking
 from scheduler.tracking import Metric, Run, TrackingDown
-
-if TYPE_CHECKING:
-    from scheduler.simulator.world import World
 
 T = TypeVar("T")
 Call = Callable[[], Awaitable[T]]

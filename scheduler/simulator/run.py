@@ -118,9 +118,7 @@ async def _budgets(world: World, customers: list[Customer]) -> None:
     rng = world.rng("budgets")
     for customer in customers:
         amount = rng.choice((None, None, 3_000, 20_000, 1_000_000))
-        world.store.raw.execute(
-            "UPDATE teams SET monthly_budget_microusd = ? WHERE id = ?", (amount, customer.team_id)
-        )
+        world.store.raw.execute("UPDATE teams SET monthly_budget_microusd = ? WHERE id = ?", (amount, customer.team_id))
 
 
 def _in_virtual_time(world: World, life: Any) -> None:
