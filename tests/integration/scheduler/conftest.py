@@ -17,6 +17,7 @@ from control_plane.settings import Settings
 from control_plane.states import Outcome
 from control_plane.storage import Storage
 from control_plane.tables import Attempt, TrainingJob, Verdict
+from scheduler.carrier import Carrier
 from scheduler.lease import Lease
 from scheduler.loop import Scheduler
 from tests.fake_tracking import FakeTracking
@@ -48,11 +49,13 @@ class House:
         self.executor = FakeExecutor()
         self.tracking = FakeTracking()
         self.storage = Storage(self.settings.storage_url)
+        self.carrier: Carrier | None = None
 
     def scheduler(self, holder: str | None = None, database: Database | None = None) -> Scheduler:
         database = database or self.database
         lease = Lease(database, self.settings.lease_timeout_s, holder)
-        return Scheduler(self.settings, self.catalog, database, self.executor, self.tracking, self.storage, lease=lease)
+        parts = (self.settings, self.catalog, database, self.executor, self.tracking, self.storage)
+        return Scheduler(*parts, lease=lease, carrier=self.carrier)
 
     @asynccontextmanager
     async def scheduling(self, scheduler: Scheduler | None = None) -> AsyncIterator[Scheduler]:

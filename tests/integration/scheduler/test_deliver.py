@@ -12,12 +12,16 @@ from sqlalchemy import select
 from standardwebhooks.webhooks import Webhook as Verifier
 
 from control_plane.db import Database
+from control_plane.money import usd
 from control_plane.services import outbox, webhooks
-from control_plane.tables import Outbox, now
+from control_plane.settings import Settings
+from control_plane.tables import Outbox, Webhook, now
 from control_plane.tables.notices import PING, Channel, Event
 from scheduler.deliver import LIMIT_S, RETRY_PAUSES_S
+from scheduler.network import NetworkCarrier
+from tests.integration.scheduler.conftest import House
 from tests.integration.scheduler.post_office import Ahead, PostOffice
-from tests.receiver import CUT, DRIP, HANG
+from tests.receiver import CUT, DRIP, HANG, Receiver
 
 
 async def test_a_receiver_can_verify_what_it_gets(office: PostOffice) -> None:
@@ -190,3 +194,35 @@ async def test_what_is_over_for_long_is_purged(office: PostOffice, database: Dat
             await asyncio.sleep(0.02)
     kept = [(row.delivered_at, row.failed_at, row.not_before) for row in await office.rows()]
     assert kept == [(lately, None, None), (None, lately, None), (None, None, coming)]
+
+
+async def test_a_job_is_told_of_from_its_start_to_its_end(house: House, receiver: Receiver, clock: Ahead) -> None:
+    """The whole scheduler, killed in between: each station arrives, none is enqueued twice."""
+    house.carrier = NetworkCarrier(Settings(webhook_networks="any"))
+    job_id = await house.new_job(total_steps=20)
+    job = await house.job(job_id)
+    async with house.database.write() as session:
+        url, secret = receiver.url("/a"), webhooks.derive(b"test", "/a")
+        session.add(Webhook(team_id=job.team_id, created_by=job.created_by, url=url, secret=secret))
+    first = house.scheduler()
+    task = asyncio.create_task(first.run(asyncio.Event()))
+    name = await house.until_running(job_id)
+    house.train(name, 1, 3)
+    await house.until_job(job_id, "RUNNING")
+    await house.kill(task, first)
+    clock.pass_by(seconds=61)  # what it may have claimed is free again
+    async with house.scheduling():
+        house.complete(name)
+        await house.until_job(job_id, "COMPLETED")
+
+        async def quiet() -> bool:
+            async with house.database.read() as session:
+                return {row.delivered_at is not None for row in await session.scalars(select(Outbox))} == {True}
+
+        await house.until("the deliveries", quiet)
+    bodies = [Verifier(secret).verify(call.body, call.headers) for call in receiver.calls]
+    told = {call.headers["webhook-id"]: body for call, body in zip(receiver.calls, bodies, strict=True)}
+    assert [body["type"] for body in told.values()] == ["job.started", "job.completed"]
+    done = next(body["data"] for body in told.values() if body["type"] == "job.completed")
+    job = await house.job(job_id)
+    assert (done["artifactId"], done["finalCost"]) == (job.artifact_id, usd(job.final_cost_microusd or 0))
