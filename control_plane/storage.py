@@ -5,6 +5,7 @@ A key is a relative path, ``datasets/…`` or ``mlflow/…``; a write is whole o
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import os
@@ -60,6 +61,7 @@ class Storage:
     async def upload(self, path: str | os.PathLike[str], key: str) -> None:
         """A local file into the store."""
         await obstore.put_async(self._store, key, Path(path), chunk_size=CHUNK)
+        await self._persist(key)
 
     async def download(self, key: str, path: str | os.PathLike[str]) -> None:
         """An object into a local file, in bounded memory. Raises FileNotFoundError."""
@@ -70,6 +72,12 @@ class Storage:
     async def put(self, key: str, data: bytes | AsyncIterator[bytes]) -> None:
         """Bytes, or chunks as they come; when the iterator raises, nothing is stored and the error passes through."""
         await obstore.put_async(self._store, key, data, chunk_size=CHUNK)
+        await self._persist(key)
+
+    async def _persist(self, key: str) -> None:
+        """What is acknowledged survives a power cut: the file is on disk, and its name in every folder above it."""
+        if self.folder is not None:
+            await asyncio.to_thread(_sync, self.folder, key)
 
     async def get(self, key: str) -> bytes:
         """Raises FileNotFoundError."""
@@ -111,3 +119,13 @@ class Storage:
         if self._signer is None:
             raise RuntimeError("this storage was made without a signer")
         return self._signer.sign(method, key, expires_at=int(time.time()) + ttl_s, **claims)
+
+
+def _sync(folder: Path, key: str) -> None:
+    path = folder / key
+    for place in (path, *(parent for parent in path.parents if parent.is_relative_to(folder))):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
