@@ -51,7 +51,11 @@ def main(arguments: list[str]) -> int:
         plan = {flavour: [_named(name) for name in given.only] for flavour in plan}
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults") as temporary:
-        findings = [_fire(flavour, (given.folder or Path(temporary)), faults) for flavour, faults in plan.items()]
+        findings = []
+        for flavour, faults in plan.items():
+            findings.append(_fire(flavour, given.folder or Path(temporary), faults))
+            if findings[-1].interrupted:
+                break
     minutes = (time.monotonic() - begun) / 60
     _tell(findings, minutes)
     well = all(found.all_well for found in findings)

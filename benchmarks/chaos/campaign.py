@@ -16,9 +16,12 @@ from benchmarks.chaos.deeds import KILLS, OTHERS, STOPS, Fault, NotDone
 from benchmarks.chaos.installation import FLAVOURS, Installation
 from benchmarks.chaos.job import Job, Verdict
 from benchmarks.chaos.probe import Probe, Sample, Silences
+from tests.e2e.house import TINY
 
-ENDINGS_PER_JOB = 3
-"""So many faults of a job's attempts are tried again."""
+ENDINGS_PER_JOB = 5
+"""More than the retries of a job that gets no further: each of these attempts gets further."""
+TRIES = 5
+"""A fault that could not be seen to happen so often is given up."""
 NEW_ATTEMPT_S = 240.0
 KILLS_PER_OTHER = 2
 
@@ -52,10 +55,12 @@ class Findings:
     """From each death of the API to the first good answer to a question asked after it."""
     leaked: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def all_well(self) -> bool:
-        return not (self.leaked or self.wrong or self.bad_answers or any(job.wrong for job in self.jobs))
+        wrong = self.leaked or self.wrong or self.bad_answers or self.interrupted
+        return not wrong and all(not job.wrong for job in self.jobs)
 
 
 def drawn(kills: int, seed: int, flavours: list[str], *, first: int = 1) -> dict[str, list[Fault]]:
@@ -96,6 +101,7 @@ class Campaign:
     def __init__(self, installation: Installation, faults: list[Fault], note: Callable[[str], None]) -> None:
         self._installation, self._note = installation, note
         self._faults = [fault for fault in faults if self._is_possible(fault)]
+        self._tries = 0
         self._silences = Silences()
         self._probe = Probe(installation.client.http)
         self.findings = Findings(installation.flavour)
@@ -134,6 +140,7 @@ class Campaign:
                 return
             if self._inject(job, fault, seen):
                 self._faults.pop(0)
+                self._tries = 0
 
     def _inject(self, job: Job, fault: Fault, seen: dict[str, Any]) -> bool:
         """Whether it happened while the job ran."""
@@ -146,10 +153,15 @@ class Campaign:
                 begun = time.monotonic()
                 if not fault.ends_attempt and not victims.lives(trainer):
                     return False
+                if fault.part == "disk" or (fault.part == "database" and self._installation.postgres):
+                    self._check_refusal(fault)
                 time.sleep(fault.hold_s)
         except (NotDone, LookupError) as reason:
             self._note(f"not done: {fault.name}: {reason}")
-            return False
+            self._tries += 1
+            if self._tries == TRIES:
+                self.findings.wrong.append(f"could not be done: {fault.name}: {reason}")
+            return self._tries == TRIES
         if fault.ends_attempt:
             job.ended_attempts += 1
         job.uncertain = job.uncertain or fault.ends_attempt is None
@@ -163,6 +175,13 @@ class Campaign:
             f"{fault.name:<16} at step {seen['currentStep']:>3} of job {job.id[-6:]}, whole again in {took:5.1f} s"
         )
         return True
+
+    def _check_refusal(self, fault: Fault) -> None:
+        """What cannot be kept is not acknowledged: 503, and when to come again."""
+        body = {"name": "refused", "fileName": "refused.jsonl", "fileSize": 1, "baseModel": TINY}
+        answer = self._installation.client.http.post("/api/datasets", json=body)
+        if answer.status_code != 503 or "Retry-After" not in answer.headers:
+            self.findings.wrong.append(f"{fault.name}: POST /api/datasets answered {answer.status_code} {answer.text}")
 
     def _wait_whole(self, job: Job, fault: Fault, attempts: int) -> None:
         if fault.part == "api" and fault.deed in ("kill", "hang"):
@@ -232,6 +251,8 @@ def under_fire(flavour: str, folder: Path, faults: list[Fault], note: Callable[[
             findings = campaign.findings
             try:
                 campaign.run()
+            except KeyboardInterrupt:
+                findings.interrupted = True
             except (TimeoutError, AssertionError, LookupError) as error:
                 findings.wrong.append(f"{type(error).__name__}: {error}")
         if not installation.ended_well:

@@ -15,7 +15,7 @@ from benchmarks.chaos.node import Node
 from benchmarks.chaos.servers import ObjectStore, Postgres
 from tests.e2e.house import TINY, Client, House, base_models_file, conversations, jsonl
 
-LEASE_TIMEOUT_S = 4
+SETTINGS = {"BRIGHTRUN_LEASE_TIMEOUT_S": "4", "BRIGHTRUN_MIN_FREE_MIB": "64"}
 DISK = "768m"
 """Of the data folder, which is a file system of its own where that is allowed."""
 
@@ -38,7 +38,7 @@ class Installation:
         with ExitStack() as stack:
             if self.has_own_disk:
                 stack.enter_context(_own_disk(self.data_dir))
-            settings = {"BRIGHTRUN_LEASE_TIMEOUT_S": str(LEASE_TIMEOUT_S), **self._serve(stack)}
+            settings = SETTINGS | self._serve(stack)
             self.house = House(self.data_dir, base_models_file(self.folder / "models"), **settings)
             stack.callback(self._end_house)
             self.house.start()
