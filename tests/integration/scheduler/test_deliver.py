@@ -145,8 +145,19 @@ async def test_a_receiver_that_hangs_delays_none_but_itself(office: PostOffice) 
     assert sum(row.delivered_at is not None for row in await office.rows(sound)) >= 19
 
 
+async def test_no_more_than_eight_are_sent_to_at_once(office: PostOffice) -> None:
+    for number in range(12):
+        await office.webhook(f"/hangs/{number}")
+        office.receiver.script[f"/hangs/{number}"] = [HANG]
+    await office.tell("one")
+    async with office.delivering():
+        while office.receiver.open < 8:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        assert office.receiver.open == 8
+
+
 async def test_those_that_fail_leave_room_for_the_others(office: PostOffice) -> None:
-    """More of them than can be served at once."""
     for number in range(12):
         await office.webhook(f"/hangs/{number}", failing_since=now())
         office.receiver.script[f"/hangs/{number}"] = [HANG]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from control_plane.tables.notices import Channel
+from scheduler.carrier import Mail, Post, Undelivered
 from scheduler.deliver import LIMIT_S
 from scheduler.lease import Lease, LeaseLost
 from tests.integration.scheduler.post_office import ELSEWHERE, Ahead, PostOffice, Stuck, kill
@@ -106,3 +107,39 @@ async def test_a_row_is_claimed_by_one_of_several_deliverers(office: PostOffice)
         await kill(task)
     assert len(office.receiver.calls) == 24
     assert {row.tries for row in await office.rows()} == {1}
+
+
+class Late:
+    """A carrier whose letters come to nothing, but only when they are let go."""
+
+    mails = False
+
+    def __init__(self) -> None:
+        self.began, self.go = asyncio.Event(), asyncio.Event()
+
+    async def post(self, letter: Post) -> None:
+        self.began.set()
+        await self.go.wait()
+        raise Undelivered("late")
+
+    async def mail(self, letter: Mail) -> None:
+        raise AssertionError("no mail here")
+
+
+async def test_the_note_of_a_claim_that_ran_out_is_discarded(office: PostOffice, clock: Ahead) -> None:
+    webhook_id = await office.webhook("/a")
+    await office.tell("one")
+    first, second = Late(), Late()
+    tasks = [asyncio.create_task((await office.deliverer(first)).run())]
+    await first.began.wait()
+    clock.pass_by(seconds=61)
+    tasks.append(asyncio.create_task((await office.deliverer(second)).run()))
+    await second.began.wait()
+    first.go.set()
+    await asyncio.sleep(0.3)
+    row = await office.row(webhook_id)
+    assert (row.tries, row.last_error) == (2, None)
+    second.go.set()
+    await office.until_row(webhook_id, lambda row: row.last_error == "late")
+    for task in tasks:
+        await kill(task)

@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
+from standardwebhooks.webhooks import Webhook as Verifier
 
 from control_plane.db import Database
+from control_plane.services import outbox, webhooks
 from control_plane.settings import Settings
-from control_plane.tables import ClusterState, PriceVersion, SchedulerLease
+from control_plane.tables import ClusterState, Outbox, PriceVersion, SchedulerLease, Webhook
+from control_plane.tables.notices import Event
 from tests.ray_cluster import RayCluster, ray_cluster
+from tests.receiver import Receiver
+from tests.rows import make_team
 
 PATIENCE_S = 60.0
 
@@ -136,4 +141,33 @@ async def test_the_next_takes_over_at_once_when_one_is_killed(
     second = Process(settings)
     processes.append(second)
     await until("the lease", lambda: held(2), second)
+    await database.close()
+
+
+async def test_it_delivers_webhooks_also_without_ray(
+    sqlite_url: str, tmp_path: Path, processes: list[Process], receiver: Receiver
+) -> None:
+    database = Database(sqlite_url)
+    secret = webhooks.derive(b"test", "x")
+    async with database.write() as session:
+        team = await make_team(session)
+        url, owner = receiver.url("/a"), team.personal_of
+        session.add(Webhook(team_id=team.id, created_by=owner, url=url, secret=secret))
+        await session.flush()
+        await outbox.tell_webhooks(session, team.id, Event.SYSTEM, {"title": "Hello"}, key="one")
+    settings = Settings(
+        data_dir=tmp_path, database_url=sqlite_url, ray_address="127.0.0.1:1", mlflow_url="http://127.0.0.1:1",
+        webhook_networks="any",
+    )  # fmt: skip
+    process = Process(settings)
+    processes.append(process)
+
+    async def delivered() -> bool:
+        async with database.read() as session:
+            return (await session.scalars(select(Outbox))).one().delivered_at is not None
+
+    await until("the delivery", delivered, process)
+    (call,) = receiver.calls
+    assert Verifier(secret).verify(call.body, call.headers)["data"] == {"teamId": team.id, "title": "Hello"}
+    assert secret.removeprefix("whsec_") not in process.log.read_text()
     await database.close()
