@@ -15,7 +15,8 @@ from benchmarks.chaos.node import Node
 from benchmarks.chaos.servers import ObjectStore, Postgres
 from tests.e2e.house import TINY, Client, House, base_models_file, conversations, jsonl
 
-SETTINGS = {"BRIGHTRUN_LEASE_TIMEOUT_S": "4", "BRIGHTRUN_MIN_FREE_MIB": "64"}
+SETTINGS = {"BRIGHTRUN_LEASE_TIMEOUT_S": "4", "BRIGHTRUN_MIN_FREE_MIB": "64", "BRIGHTRUN_CPU_THREADS": "1"}
+"""One thread a rank: two would wait for each other wherever something else computes, and starve the API."""
 DISK = "768m"
 """Of the data folder, which is a file system of its own where that is allowed."""
 
