@@ -67,6 +67,8 @@ class AttemptSpec(msgspec.Struct, frozen=True):
     """Lease epoch of the dispatching scheduler; a supervisor refuses calls with a lower one than it has seen."""
     allowance_ms: int | None = None
     """GPU-milliseconds (all ranks together) it may use until told more; None: unmetered."""
+    overrun_ms: int = 25_000
+    """So far beyond its allowance an attempt that does not stop is ended by force (``OVER_ALLOWANCE``)."""
     hang_floor_s: float = 600.0
     """A training step is given up after max(this, 20 × the median step)."""
 

@@ -12,7 +12,7 @@ import msgspec
 from trainer import control
 from trainer.config import Config, TrainConfig, load
 from trainer.errors import TrainerError, explain
-from trainer.protocol import Failed, Finished
+from trainer.protocol import Beat, Failed, Finished
 from trainer.report import Pipe, Report, private_stdout
 
 USAGE = """usage: python -m trainer CONFIG.json [--supervised]
@@ -31,11 +31,14 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(USAGE)
         return 2
     report = Pipe(private_stdout())
-    stop = control.supervised() if len(paths) < len(arguments) else control.from_shell()
+    supervised = len(paths) < len(arguments)
+    stop = control.supervised() if supervised else control.from_shell()
+    if supervised:
+        stop.beat = lambda: report(Beat())
     try:
         config = _load(Path(paths[0]))
         _environment(config)
-        finished = _run(config, report, stop, supervised=len(paths) < len(arguments))
+        finished = _run(config, report, stop, supervised=supervised)
         stop.exit_code = 0
         report(finished)
     except BrokenPipeError:

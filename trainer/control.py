@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import msgspec
@@ -14,13 +16,19 @@ from trainer.protocol import Control, StopReason
 
 ORPHANED = 70
 """Exit code after the end of standard input under ``--supervised``: the rank is gone."""
+BEAT_S = 15.0
 
 
 class StopRequest:
-    """Set once, by any thread; ``reason`` is None until then."""
+    """Set once, by any thread; ``reason`` is None until then.
+
+    Whoever works asks it often, so that it also knows that work goes on: it then calls ``beat`` now and again.
+    """
 
     def __init__(self) -> None:
         self.reason: StopReason | None = None
+        self.beat: Callable[[], None] = lambda: None
+        self._beaten_at = time.monotonic()
         self.exit_code = ORPHANED
         """What the process ends with if standard input ends now."""
 
@@ -31,6 +39,15 @@ class StopRequest:
         """Raises Stopped if a stop was asked for."""
         if self.reason:
             raise Stopped
+        if time.monotonic() - self._beaten_at > BEAT_S:
+            self._beaten_at = time.monotonic()
+            self.beat()
+
+    def deaf(self) -> StopRequest:
+        """One that cannot be asked to stop, for what must be brought to its end."""
+        request = StopRequest()
+        request.beat = self.beat
+        return request
 
 
 def supervised() -> StopRequest:

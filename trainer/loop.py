@@ -235,7 +235,7 @@ class Run:
             "tokens": state.tokens,
             "tokensPerS": round(state.tokens / state.training_s, 2) if state.training_s else 0.0,
             "before": state.before,
-            "after": {**after, "samples": self._answers("after", StopRequest())},
+            "after": {**after, "samples": self._answers("after", self.stop.deaf())},
         }
         self._phase("saving")
         card = model_card(self.config, result, plan=self.plan(), steps=state.step)

@@ -111,6 +111,10 @@ class Progress(Event):
     percent: float
 
 
+class Beat(Event):
+    """Work goes on, though no other event has told so for a while; for whoever watches, not to be kept."""
+
+
 class Finished(Event):
     """The last event of a child that did what it was asked. ``stopped`` says it obeyed a stop request."""
 
@@ -131,8 +135,9 @@ class Failed(Event):
 
 
 ChildEvent = (
-    Phase | Plan | Metrics | Evaluation | Sample | Checkpoint | Adapter | Log | Verdict | Progress | Finished | Failed
-)
+    Phase | Plan | Metrics | Evaluation | Sample | Checkpoint | Adapter | Log | Verdict | Progress | Beat
+    | Finished | Failed
+)  # fmt: skip
 
 USER_FAULTS = frozenset(
     {"OUT_OF_MEMORY", "NAN_LOSS", "BAD_DATA", "NOTHING_TO_LEARN", "MODEL_UNAVAILABLE", "MODEL_REFUSED", "BAD_CONFIG"}

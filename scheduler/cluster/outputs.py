@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ class Outputs:
         self._waiting: list[tuple[Checkpoint | Adapter, dict[str, int]]] = []
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._work())
-        self._closing = False
+        self._closing = self._uploading = False
         self.failed: str | None = None
-        """Why the adapter could not be stored."""
+        """Why the newest of them is not in the store."""
 
     def add(self, output: Checkpoint | Adapter, usage: dict[str, int]) -> None:
         """``usage``: milliseconds by kind as of now, for a checkpoint's ``stored`` event."""
@@ -51,12 +50,20 @@ class Outputs:
         """Until all is uploaded or given up."""
         self._closing = True
         self._wake.set()
-        await self._task
+        await asyncio.wait({self._task})
+        if not self._task.cancelled():
+            self._task.result()
+
+    def give_up(self) -> None:
+        """Time is up: what is not in the store by now does not get there."""
+        if not self._task.done() and (self._uploading or self._waiting):
+            self.failed = "the object store did not take it in time"
+            self._warn(f"what was saved last was not stored: {self.failed}")
+        self._task.cancel()
 
     async def cancel(self) -> None:
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait({self._task})
 
     async def _work(self) -> None:
         while self._waiting or not self._closing:
@@ -65,15 +72,17 @@ class Outputs:
                 await self._wake.wait()
                 continue
             output, usage = self._waiting.pop(0)
+            self._uploading = True
             try:
                 if isinstance(output, Checkpoint):
                     await self._store_checkpoint(output, usage)
                 else:
                     await self._store_adapter(output)
+                self.failed = None
             except Exception as error:
-                self._warn(f"{Path(output.path).name} was not stored: {type(error).__name__}: {error}")
-                if isinstance(output, Adapter):
-                    self.failed = f"the adapter could not be stored: {error}"
+                self.failed = f"{Path(output.path).name} could not be stored: {type(error).__name__}: {error}"
+                self._warn(self.failed)
+            self._uploading = False
             await asyncio.to_thread(shutil.rmtree, output.path, ignore_errors=True)
 
     async def _store_checkpoint(self, checkpoint: Checkpoint, usage: dict[str, int]) -> None:

@@ -29,6 +29,7 @@ from trainer.config import Config, TrainConfig, World
 from trainer.protocol import (
     USER_FAULTS,
     Adapter,
+    Beat,
     Checkpoint,
     ChildEvent,
     Failed,
@@ -54,6 +55,8 @@ class Report(msgspec.Struct):
     """Number of the newest event."""
     usage: dict[str, int]
     """Cumulative milliseconds by kind; empty for unmetered work."""
+    beats: int = 0
+    """Signs of work so far that came with no event."""
     stopping: bool = False
     """A stop request has reached the child."""
     resumed: ResumePoint | None = None
@@ -80,6 +83,8 @@ class Rank:
         self._rendezvous = ""
         self._launched: asyncio.Future[World] = asyncio.get_running_loop().create_future()
         self._child: Child | None = None
+        self._outputs: Outputs | None = None
+        self._beats = 0
         self._last_word: Finished | Failed | None = None
         self._stopping: StopReason | None = None
         self._killed_for: tuple[str, str] | None = None
@@ -98,6 +103,7 @@ class Rank:
             events=self._events[:1000],
             last=self._last_event,
             usage=self._usage(),
+            beats=self._beats,
             stopping=self._stopping is not None,
             resumed=self._resumed,
             node=self._node,
@@ -116,11 +122,14 @@ class Rank:
             self._stopping = reason
             await self._child.stop(reason)
 
-    async def kill_child(self, code: str, message: str) -> None:
-        """End the child by force; the attempt ends as a platform fault with this code."""
-        if self._child and self._child.running and not self._killed_for:
+    async def give_up(self, code: str, message: str) -> None:
+        """End the child and its uploads by force; what is lost by it is the platform's fault, under this code."""
+        if self._child and not self._killed_for:
             self._killed_for = (code, message)
-            self._child.kill()
+            if self._child.running:
+                self._child.kill()
+            elif self._outputs:
+                self._outputs.give_up()
 
     # What it does by itself.
 
@@ -150,7 +159,7 @@ class Rank:
         except msgspec.ValidationError as error:
             return Ending(Outcome.FAILED, "BAD_CONFIG", str(error))
         self._state = "running"
-        outputs = Outputs(storage, self._spec.artifact_prefix or "", self._emit)
+        self._outputs = outputs = Outputs(storage, self._spec.artifact_prefix or "", self._emit)
         try:
             code = await self._run_child(config, outputs)
             self._meter.switch("saving")
@@ -222,6 +231,9 @@ class Rank:
                 return
             case Phase():
                 self._meter.switch(event.name)
+            case Beat():
+                self._beats += 1
+                return
         self._emit(msgspec.to_builtins(event))
 
     def _conclude(self, code: int, outputs: Outputs) -> Ending:

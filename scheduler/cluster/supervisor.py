@@ -6,8 +6,8 @@ It outlives schedulers. Its placement group and its ranks do not outlive it.
 from __future__ import annotations
 
 import asyncio
+import math
 import traceback
-from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from control_plane.states import Outcome, StopReason
 from scheduler.cluster import gcs
 from scheduler.cluster.eventlog import EventLog
 from scheduler.cluster.rank import Rank, Report
-from scheduler.cluster.watch import Watch
+from scheduler.cluster.watch import GRACE_S, Watch
 from scheduler.executor import AttemptSpec, Batch, Ending, RankTimes, StaleEpoch
 from trainer.config import World
 
@@ -31,7 +31,8 @@ RANK_SILENCE_S = 120.0
 """A rank that answers nothing for so long is ended, which makes its death certain."""
 PENDING_REASONS = frozenset({"NO_RESOURCES", "INFEASIBLE"})
 DEATH_S = 10.0
-GRACE_S = 25.0
+FORCE_S = 3.0
+"""How long a rank may take to end an overdue child; then the gang is ended from here."""
 
 
 class Member:
@@ -41,6 +42,7 @@ class Member:
         self.handle = handle
         self.cursor = 0
         self.report: Report | None = None
+        self.beats = 0
         self.silent_since: float | None = None
 
     @property
@@ -57,9 +59,8 @@ class Supervisor:
         self._allowance_ms = spec.allowance_ms
         self._folder = Path(spec.work_root) / f"{spec.work_id}-{spec.number}-s"
         self._log = EventLog(self._folder / "events.jsonl")
-        self._watch = Watch(
-            hang_floor_s=spec.hang_floor_s, grace_s=grace_s, always=spec.config.get("kind") == "verdict"
-        )
+        always = spec.config.get("kind") == "verdict"
+        self._watch = Watch(hang_floor_s=spec.hang_floor_s, grace_s=grace_s, always=always)
         self._state = "pending"
         self._stop: StopReason | None = None
         self._group: PlacementGroup | None = None
@@ -125,13 +126,14 @@ class Supervisor:
             return Ending(Outcome.STOPPED)
         self._state = "starting"
         self._gang = [Member(self._create_rank(rank)) for rank in range(self._spec.demand.ranks)]
+        self._watch.begin()
         launched = False
         while True:
             try:
                 await asyncio.gather(*(self._ask(member) for member in self._gang))
             except RayActorError as death:
                 return Ending(Outcome.FAULT, "RANK_DIED", str(death))
-            ending = self._collect()
+            ending = self._collect() or self._by_force()
             if ending:
                 return ending
             if self._stop and not launched:
@@ -183,8 +185,9 @@ class Supervisor:
             if now - member.silent_since > RANK_SILENCE_S:
                 ray.kill(member.handle, no_restart=True)
 
-    async def _answer(self, call: Awaitable[Any]) -> Any:
-        return await asyncio.wait_for(_await(call), RANK_ANSWER_S)
+    async def _answer(self, call: Any) -> Any:
+        async with asyncio.timeout(RANK_ANSWER_S):
+            return await call
 
     def _collect(self) -> Ending | None:
         """Take over what the reports say; the attempt's ending once a rank has failed or all have ended."""
@@ -195,6 +198,9 @@ class Supervisor:
                 continue
             if self._spec.demand.metered:
                 self._usage[str(rank)] = report.usage
+            if report.beats != member.beats:
+                member.beats = report.beats
+                self._watch.beat()
             for number, at, event in report.events:
                 if number > member.cursor:
                     member.cursor = number
@@ -207,9 +213,21 @@ class Supervisor:
         return next(failed, everyone)
 
     def _check_allowance(self) -> None:
-        used_ms = sum(sum(kinds.values()) for kinds in self._usage.values())
-        if self._allowance_ms is not None and used_ms >= self._allowance_ms:
+        if self._beyond_allowance_ms() >= 0:
             self._request_stop(StopReason.BUDGET)
+
+    def _beyond_allowance_ms(self) -> float:
+        used_ms = sum(sum(kinds.values()) for kinds in self._usage.values())
+        return -math.inf if self._allowance_ms is None else used_ms - self._allowance_ms
+
+    def _by_force(self) -> Ending | None:
+        """The attempt's ending when asking has not helped; the gang is then ended from here."""
+        over_ms, overdue = self._beyond_allowance_ms(), self._watch.overdue()
+        if over_ms >= self._spec.overrun_ms:
+            return Ending(Outcome.FAULT, "OVER_ALLOWANCE", f"not stopped {over_ms:.0f} GPU-ms beyond what was granted")
+        if overdue and overdue.by_s > FORCE_S:
+            return Ending(Outcome.FAULT, overdue.code, overdue.message)
+        return None
 
     def _announce(self) -> bool:
         """All ranks are up."""
@@ -235,10 +253,12 @@ class Supervisor:
         size = len(self._gang)
         overdue = self._watch.overdue()
         for rank, member in enumerate(self._gang):
+            if member.silent_since is not None:
+                continue
             if member.state == "ready":
                 member.handle.launch.remote(World(rank, size, first.rendezvous if size > 1 else None))
             elif overdue:
-                member.handle.kill_child.remote(*overdue)
+                member.handle.give_up.remote(overdue.code, overdue.message)
             elif self._stop and member.report and not member.report.stopping:
                 member.handle.stop.remote(self._stop)
 
@@ -271,7 +291,3 @@ class Supervisor:
             if (len(times) == len(gang) and freed) or asyncio.get_running_loop().time() > deadline:
                 return times
             await asyncio.sleep(0.02)
-
-
-async def _await(call: Awaitable[Any]) -> Any:
-    return await call

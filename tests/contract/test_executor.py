@@ -8,11 +8,19 @@ import time
 import pytest
 
 from control_plane.states import Outcome, StopReason
-from scheduler.executor import AttemptGone, Demand, Liveness, ResumePoint, StaleEpoch
+from scheduler.executor import AttemptGone, Batch, Demand, Liveness, ResumePoint, StaleEpoch
 from tests.contract.harness import Follower, Harness, until_all_is_free
 
 FOREVER = [{"do": "train", "steps": 100_000}]
 TOLERANCE_MS = 250
+
+
+async def until_ended(harness: Harness, name: str) -> Batch:
+    """The first answer to an unmoved cursor."""
+    async with asyncio.timeout(30):
+        while (batch := await harness.executor.poll(name, 0, epoch=1, allowance_ms=None)).state != "ended":
+            await asyncio.sleep(0.05)
+    return batch
 
 
 async def test_runs_to_completion(harness: Harness) -> None:
@@ -85,7 +93,7 @@ async def test_starting_twice_starts_once(harness: Harness) -> None:
 async def test_the_same_cursor_gets_the_same_answer(harness: Harness) -> None:
     spec = await harness.spec([{"do": "train", "steps": 700, "every_s": 0}, {"do": "finish"}])
     await harness.executor.start(spec)
-    await Follower(harness.executor, spec.name).until("started")
+    await until_ended(harness, spec.name)
 
     follower = Follower(harness.executor, spec.name)
     await follower.to_the_end()
@@ -104,8 +112,7 @@ async def test_the_same_cursor_gets_the_same_answer(harness: Harness) -> None:
 async def test_an_answer_is_bounded_and_the_ending_comes_with_the_last_event(harness: Harness) -> None:
     spec = await harness.spec([{"do": "train", "steps": 1200, "every_s": 0}, {"do": "finish"}])
     await harness.executor.start(spec)
-    while (first := await harness.executor.poll(spec.name, 0, epoch=1, allowance_ms=None)).state != "ended":
-        await asyncio.sleep(0.05)
+    first = await until_ended(harness, spec.name)
 
     assert [event.number for event in first.events] == list(range(1, 501))
     assert first.ending is None
@@ -340,6 +347,30 @@ async def test_a_hung_child_is_ended(harness: Harness) -> None:
     ending = await Follower(harness.executor, spec.name).to_the_end()
 
     assert (ending.outcome, ending.code, ending.stop_reason) == (Outcome.FAULT, "HUNG", None)
+
+
+@pytest.mark.parametrize("phase", ["evaluating", "saving"])
+async def test_a_child_that_hangs_outside_of_training_is_ended_too(harness: Harness, phase: str) -> None:
+    script = [{"do": "emit", "event": {"type": "phase", "name": phase}}, {"do": "hang"}]
+    spec = await harness.spec(script, hang_floor_s=0.8)
+    await harness.executor.start(spec)
+
+    ending = await Follower(harness.executor, spec.name).to_the_end()
+
+    assert (ending.outcome, ending.code) == (Outcome.FAULT, "HUNG")
+
+
+async def test_who_does_not_stop_at_the_allowance_is_ended_by_force(harness: Harness) -> None:
+    script = [{"do": "emit", "event": {"type": "phase", "name": "training"}}, {"do": "hang"}]
+    spec = await harness.spec(script, allowance_ms=600, overrun_ms=500)
+    await harness.executor.start(spec)
+    follower = Follower(harness.executor, spec.name, allowance_ms=600)
+
+    ending = await follower.to_the_end()
+
+    assert (ending.outcome, ending.code, ending.stop_reason) == (Outcome.FAULT, "OVER_ALLOWANCE", StopReason.BUDGET)
+    assert 1100 <= follower.used_ms() < 2000
+    assert all(times.end_ms for times in ending.times)
 
 
 async def test_zero_gpu_work_is_not_metered(harness: Harness) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import msgspec
 import psutil
 import pytest
 
-from control_plane.states import Outcome
+from control_plane.states import Outcome, StopReason
 from scheduler.cluster import executor as ray_executor
 from scheduler.cluster.executor import TRAINER, RayExecutor
 from scheduler.cluster.head import dashboard_ready
@@ -206,6 +207,42 @@ async def test_a_missing_input_is_named(harness: RayHarness) -> None:
     assert follower.batch.ending is not None
     assert (follower.batch.ending.outcome, follower.batch.ending.code) == (Outcome.FAULT, "INPUT_MISSING")
     assert "datasets/none" in follower.batch.ending.message
+
+
+async def test_a_stop_does_not_wait_for_a_store_that_hangs(harness: RayHarness) -> None:
+    """The dataset is a pipe that nobody writes to: staging it in never ends."""
+    spec = await harness.spec([{"do": "finish"}], stage_in=(Stage("datasets/pipe", "dataset"),))
+    pipe = harness.folder / "objects" / "datasets" / "pipe"
+    os.mkfifo(pipe)
+    await harness.executor.start(spec)
+    follower = Follower(harness.executor, spec.name)
+    async with asyncio.timeout(20):
+        while (await follower.poll()).state != "starting" or not list(harness.work_root.glob(f"{spec.work_id}-*")):
+            await asyncio.sleep(0.1)
+
+    asked_at = time.monotonic()
+    await harness.executor.stop(spec.name, StopReason.PAUSE, epoch=1)
+    ending = await follower.to_the_end()
+    await until_all_is_free(harness.executor)
+
+    assert time.monotonic() - asked_at < 10
+    assert (ending.outcome, ending.stop_reason) == (Outcome.STOPPED, StopReason.PAUSE)
+
+
+async def test_a_stopped_rank_does_not_keep_the_gpu(harness: RayHarness) -> None:
+    """Neither the rank nor, through it, the child can be asked any more."""
+    spec = await harness.spec(FOREVER)
+    await harness.executor.start(spec)
+    follower = Follower(harness.executor, spec.name)
+    await follower.until("metrics", 3)
+    psutil.Process(harness._pid(f"{spec.name}/r0")).suspend()
+
+    await harness.executor.stop(spec.name, StopReason.CANCEL, epoch=1)
+    ending = await follower.to_the_end(timeout_s=30)
+    await until_all_is_free(harness.executor)
+
+    assert (ending.outcome, ending.stop_reason) == (Outcome.FAULT, StopReason.CANCEL)
+    assert ending.code in ("UNRESPONSIVE", "RANK_DIED")
 
 
 async def test_a_gang_lives_and_dies_together(harness: RayHarness) -> None:

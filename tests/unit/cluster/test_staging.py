@@ -200,3 +200,24 @@ async def test_an_adapter_that_cannot_be_stored_is_a_failure(tmp_path: Path) -> 
     assert [event["type"] for event in events] == ["log", "log"]
     assert outputs.failed is not None
     assert "the store is away" in outputs.failed
+
+
+async def test_a_checkpoint_that_is_stored_later_makes_good(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    outputs = Outputs(Flaky((tmp_path / "objects").as_uri(), failures=3), "run", events.append)
+    outputs.add(checkpoint(tmp_path / "out", 1), {})
+    outputs.add(checkpoint(tmp_path / "out", 2), {})
+    await outputs.drain()
+    assert [event["type"] for event in events] == ["log", "stored"]
+    assert outputs.failed is None
+
+
+async def test_giving_up_what_is_stored_already_is_nothing(storage: Storage, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    outputs = Outputs(storage, "run", events.append)
+    outputs.add(checkpoint(tmp_path / "out", 1), {})
+    await outputs.drain()
+    outputs.give_up()
+    await outputs.drain()
+    assert [event["type"] for event in events] == ["stored"]
+    assert outputs.failed is None
