@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,6 +26,15 @@ STUBBORN = """
     time.sleep(600)
 """
 OBEDIENT = "import pathlib, time; pathlib.Path('up').write_text('yes'); time.sleep(600)"
+SERVER = """
+    import os, pathlib, socket
+    listener = socket.socket(fileno=FD)
+    pathlib.Path("up").write_text("yes")
+    while True:
+        caller, _ = listener.accept()
+        caller.sendall(str(os.getpid()).encode())
+        caller.close()
+"""
 BROKEN = "import sys; sys.exit('no such thing as a working part')"
 
 
@@ -44,7 +55,7 @@ class House:
         if "ready again" in line:
             self.came_back.set()
 
-    def keeper(self, program: str, ready_when: str, grace_s: float = 5) -> Keeper:
+    def keeper(self, program: str, ready_when: str, grace_s: float = 5, **more: Any) -> Keeper:
         file = self.folder / ready_when
         prelude = f"import os; os.chdir({str(self.folder)!r})\n"
         command = Command([sys.executable, "-c", prelude + textwrap.dedent(program)], {})
@@ -57,7 +68,7 @@ class House:
 
             return ready
 
-        part = Part("part", command, probe, grace_s=grace_s)
+        part = Part("part", command, probe, grace_s=grace_s, **more)
         return Keeper(part, self.mark, self.folder / "part.log", self.note)
 
 
@@ -115,6 +126,71 @@ async def test_the_second_signal_does_not_wait_for_the_grace_period(house: House
         await keeper.end(hurry)
 
     assert not processes.family(house.mark)
+
+
+async def test_a_part_that_gives_no_sign_of_life_is_started_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LIVENESS_POLL_S", 0.02)
+    asked: list[int] = []
+
+    def alive() -> Callable[[], Awaitable[bool]]:
+        async def answer() -> bool:
+            asked.append(keeper.pid)
+            return len(set(asked)) > 1 or len(asked) < 3  # the first process falls silent after two answers
+
+        return answer
+
+    keeper = house.keeper(OBEDIENT, "up", alive=alive, hung_s=0.3)
+    keeping = await until_ready(keeper)
+    first = keeper.pid
+    await asyncio.wait_for(house.came_back.wait(), 20)
+    while asked[-1] == first:
+        await asyncio.sleep(0.01)
+
+    assert not lives(first)
+    assert asked.count(first) > 3, "it was given time"
+    assert any("gave no sign of life" in note and "in 0.0 s" in note for note in house.notes), house.notes
+    assert lives(keeper.pid)
+    keeping.cancel()
+    await keeper.end(asyncio.Event())
+
+
+async def test_callers_wait_while_a_part_is_started_again(house: House) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        keeper = house.keeper(SERVER.replace("FD", str(listener.fileno())), "up", listener=listener)
+        keeping = await until_ready(keeper)
+        first = keeper.pid
+        assert await call(listener) == first
+
+        psutil.Process(first).send_signal(signal.SIGKILL)
+        answers = await asyncio.gather(*(call(listener) for _ in range(5)))
+
+        assert set(answers) == {keeper.pid}
+        assert keeper.pid != first
+        keeping.cancel()
+        await keeper.end(asyncio.Event())
+
+
+async def call(listener: socket.socket) -> int:
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    answer = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    return int(answer)
+
+
+async def test_a_part_that_keeps_dying_is_started_after_growing_pauses(house: House) -> None:
+    keeper = house.keeper(OBEDIENT, "up")
+    keeping = await until_ready(keeper)
+    for _ in range(2):
+        house.came_back.clear()
+        psutil.Process(keeper.pid).send_signal(signal.SIGKILL)
+        await asyncio.wait_for(house.came_back.wait(), 20)
+
+    pauses = [note.split("again in ")[1] for note in house.notes if "again in " in note]
+    assert pauses == ["0.0 s", "0.5 s"]
+    keeping.cancel()
+    await keeper.end(asyncio.Event())
 
 
 async def test_an_obedient_part_is_not_forced(house: House) -> None:
