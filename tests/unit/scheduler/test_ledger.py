@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from control_plane.db import Database
 from control_plane.states import Outcome, Status, StopReason
@@ -75,6 +76,15 @@ async def test_half_a_micro_dollar_goes_to_the_even_neighbour(database: Database
         ids = await running(database, price_microusd_per_hour=HOUR_MS // 2)
         await report(database, ids, {"0": {"training": gpu_ms}}, least_ms=0)
         assert await records(database, ids[0]) == [("charge", gpu_ms, amount)]
+
+
+async def test_the_database_counts_each_kind_of_a_rank_once(database: Database) -> None:
+    async with database.write() as session:
+        _, attempt = await make_running_job(session)
+        await ledger.record(session, attempt, {"0": {"training": 1_000}})
+    with pytest.raises(IntegrityError):
+        async with database.write() as session:
+            session.add(AttemptUsage(attempt_id=attempt.id, rank=0, kind="training", gpu_ms=1_000, absorbed_ms=0))
 
 
 async def test_a_little_stays_unposted_until_the_end(database: Database) -> None:

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from control_plane.db import Database
 from control_plane.errors import Conflict
@@ -14,7 +15,7 @@ from control_plane.services.lifecycle import append_event, request_stop, stronge
 from control_plane.states import ACTIVE, TERMINAL, Stage, Status, StopReason, may
 from control_plane.tables import BudgetHold, TrainingJob, Verdict
 from control_plane.tables.money import HoldState
-from tests.rows import events_of, make_dataset, make_job, make_team, make_verdict
+from tests.rows import events_of, make_dataset, make_job, make_running_job, make_team, make_verdict
 
 
 async def job_in(database: Database, status: Status, **fields: object) -> str:
@@ -118,6 +119,16 @@ async def test_seqs_have_no_gap_under_concurrent_writers(database: Database) -> 
     assert len(events) == 24
     for first in range(0, 24, 3):
         assert len({event.payload["i"] for event in events[first : first + 3]}) == 1
+
+
+async def test_the_database_takes_an_event_of_an_attempt_once(database: Database) -> None:
+    async with database.write() as session:
+        job, attempt = await make_running_job(session)
+        await append_event(session, job.id, "log", {}, attempt_id=attempt.id, number=1)
+    with pytest.raises(IntegrityError):
+        async with database.write() as session:
+            await append_event(session, job.id, "log", {}, attempt_id=attempt.id, number=1)
+    assert len(await events_of(database, job.id)) == 1
 
 
 async def test_a_queued_or_paused_job_is_cancelled_at_once(database: Database) -> None:
