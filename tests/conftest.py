@@ -17,6 +17,7 @@ from sqlalchemy import event
 
 from control_plane.db import Database
 from control_plane.tables import Base
+from tests.warden import warden
 
 _numbers = count(1)
 _empty_databases: list[str] = []
@@ -53,9 +54,10 @@ def postgres_socket() -> Iterator[str]:
         await connection.close()
         await _create_tables(postgres_url(host, "template_brightrun"))
 
-    asyncio.run(prepare())
-    yield host
-    server.cleanup()
+    with warden(f"kill -INT {server.get_pid()}; sleep 2; rm -rf {folder}"):
+        asyncio.run(prepare())
+        yield host
+        server.cleanup()
 
 
 def postgres_url(socket: str, name: str) -> str:
@@ -96,14 +98,18 @@ def database_url(request: pytest.FixtureRequest) -> str:
 async def database(database_url: str) -> AsyncIterator[Database]:
     """An empty database of this test alone, on each of the supported databases."""
     database = Database(database_url)
-    if database_url.startswith("sqlite"):
-        event.listen(database.engine.sync_engine, "connect", _without_fsync)
+    without_fsync(database)
     yield database
     await database.close()
 
 
-def _without_fsync(connection: Any, _record: Any) -> None:
+def without_fsync(database: Database) -> None:
     """No test pulls the plug."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA synchronous=OFF")
-    cursor.close()
+
+    def connected(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA synchronous=OFF")
+        cursor.close()
+
+    if database.engine.dialect.name == "sqlite":
+        event.listen(database.engine.sync_engine, "connect", connected)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import httpx
 import psutil
 
 from tests.tiny_model import make_tiny_model
+from tests.warden import warden
 
 TINY = "tests/tiny-random-llama"
 REPO = Path(__file__).resolve().parents[2]
@@ -61,6 +63,7 @@ class House:
         self.base_models = base_models
         self.settings = settings
         self.process: subprocess.Popen[str] | None = None
+        self._guard = ExitStack()
         self.urls: dict[str, str] = {}
 
     def start(self) -> House:
@@ -71,8 +74,12 @@ class House:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         log = (self.data_dir / "up.log").open("a")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=REPO)
+        self._guard.close()
+        self._guard.enter_context(warden(f"kill -TERM {self.process.pid}"))
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
+        if not line:
+            self._guard.close()
         assert line, f"brightrun up ended: {(self.data_dir / 'up.log').read_text()[-3000:]}"
         self.answer = json.loads(line)
         self.urls = self.answer["urls"]
@@ -90,7 +97,8 @@ class House:
     def stop(self) -> int:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        with self._guard:
+            return self.process.wait(60)
 
     def trainer_children(self) -> list[psutil.Process]:
         """Trainer processes of this house that train (a verdict's child has another config)."""
