@@ -50,6 +50,9 @@ class Settings:
     lease_timeout_s: float = _setting(10.0, "a scheduler whose beat stands still this long is superseded, seconds")
     min_free_mib: int = _setting(512, "datasets and jobs are taken only while the disk has more free than this, MiB")
     allowance_s: int = _setting(1800, "GPU-seconds a rank may go on without hearing from a scheduler")
+    node_timeout_s: float = _setting(
+        90.0, "a Ray node surely ends within this time after its head did, seconds; `brightrun up` ends them itself: 0"
+    )
 
     webhook_networks: str = _setting("public", "where webhooks may lead: public addresses only, or any")
     smtp_url: str = _setting("", "server for mail: smtp://user:password@host:587, or smtps://…; empty: no mail")

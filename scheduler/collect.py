@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 ANSWER_S = 15.0
 """A supervisor that takes longer to answer is asked again."""
+SILENT_POLLS = 5
+"""Fewer polls in vain are not yet a silence."""
 FULL_BATCH = 500
 MAX_FAILURES = 6
 """Tries to store a batch that the database, although there, does not take; then the attempt is given up."""
@@ -46,6 +49,14 @@ class _Place(NamedTuple):
     allowance_ms: int | None
     usage: ledger.Usage
     ended: bool = False
+
+
+class _Silence(NamedTuple):
+    """Polls of an attempt in vain, by the monotonic clock."""
+
+    first: float
+    last: float
+    polls: int
 
 
 class Collector:
@@ -68,13 +79,30 @@ class Collector:
         self._ahead_ms = allowance_s * 1000
         self._ended = ended
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._silences: dict[str, _Silence] = {}
 
     def follow(self, attempt_id: str, name: str, group: asyncio.TaskGroup) -> None:
         """Collect from an attempt until it has ended, in a task of ``group``; harmless when that is going on."""
         if attempt_id not in self._tasks:
             task = group.create_task(self._follow(attempt_id, name), name=f"follow {name}")
             self._tasks[attempt_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(attempt_id, None))
+            task.add_done_callback(lambda _: self._forget(attempt_id, name))
+
+    def _forget(self, attempt_id: str, name: str) -> None:
+        self._tasks.pop(attempt_id, None)
+        self._silences.pop(name, None)
+
+    def silent_s(self) -> dict[str, float]:
+        """How long attempts have answered nothing, by name: from the first poll in vain to the last."""
+        return {
+            name: silence.last - silence.first
+            for name, silence in self._silences.items()
+            if silence.polls >= SILENT_POLLS
+        }
+
+    def forget_silences(self) -> None:
+        """The cluster cannot be reached: that nobody answers says nothing."""
+        self._silences.clear()
 
     async def declare_fault(self, attempt_id: str, name: str, code: str, message: str) -> None:
         """End an attempt whose supervisor is confirmed dead. Raises LeaseLost, Unreachable."""
@@ -103,12 +131,15 @@ class Collector:
                     return
                 async with asyncio.timeout(ANSWER_S):
                     batch = await self._poll(name, place)
+                self._silences.pop(name, None)
                 place = await self.apply(attempt_id, name, place, batch)
                 failures = 0
                 await pause(0 if place is None or len(batch.events) >= FULL_BATCH else POLL_S)
             except (StaleEpoch, LeaseLost) as error:
                 raise LeaseLost from error
             except (AttemptGone, Unreachable, TimeoutError):
+                before = self._silences.get(name, _Silence(time.monotonic(), 0.0, 0))
+                self._silences[name] = _Silence(before.first, time.monotonic(), before.polls + 1)
                 await pause(POLL_S)  # whether it is dead is for the look to tell
             except Exception as error:
                 log.exception("events of %s could not be stored", name)

@@ -36,6 +36,7 @@ from scheduler.policy import (
     AskStop,
     DeclareFault,
     Dispatch,
+    EndByForce,
     Follow,
     Release,
     SetQueueReason,
@@ -99,6 +100,7 @@ class Scheduler:
         self._asked: set[tuple[str, StopReason]] = set()
         self._tracking_problem: tuple[str, float] | None = None
         self._reached_at: float | None = None
+        self._cluster: tuple[str, float] | None = None
         self._published: tuple[Look, float] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -172,7 +174,16 @@ class Scheduler:
             held = await held_attempts(session, self._catalog)
         look = await self._look()
         self._asked &= {(attempt.name, reason) for attempt in held for reason in StopReason}
-        snapshot = Snapshot(waiting, held, look, self._tracking_trouble(), frozenset(self._asked))
+        snapshot = Snapshot(
+            waiting,
+            held,
+            look,
+            self._tracking_trouble(),
+            frozenset(self._asked),
+            self._collector.silent_s(),
+            self._known_s(look),
+            self._settings.node_timeout_s,
+        )
         actions = decide(snapshot, now())
         await self._write_down(actions, look)
         for action in actions:
@@ -188,10 +199,18 @@ class Scheduler:
             if self._reached_at is None:
                 self._reached()
             self._reached_at = time.monotonic()
-        elif self._reached_at is not None and time.monotonic() - self._reached_at > CLUSTER_PATIENCE_S:
+            return look
+        self._collector.forget_silences()
+        if self._reached_at is not None and time.monotonic() - self._reached_at > CLUSTER_PATIENCE_S:
             await self._write_down([], look)
             raise ClusterLost
         return look
+
+    def _known_s(self, look: Look) -> float:
+        """For how long this process has seen the cluster under this id."""
+        if look.reachable and (self._cluster is None or self._cluster[0] != look.cluster_id):
+            self._cluster = (look.cluster_id, time.monotonic())
+        return time.monotonic() - self._cluster[1] if self._cluster else 0.0
 
     def _tracking_trouble(self) -> str | None:
         if self._tracking_problem is None or time.monotonic() > self._tracking_problem[1]:
@@ -233,6 +252,8 @@ class Scheduler:
                 self._collector.follow(attempt_id, name, self._group)
             case AskStop(name, reason):
                 self._spawn(f"stop {name}", self._ask_stop(name, reason))
+            case EndByForce(name):
+                self._spawn(f"end {name}", self._end_by_force(name))
             case DeclareFault(attempt_id, name, code, message):
                 self._spawn(f"end {name}", self._collector.declare_fault(attempt_id, name, code, message))
             case Release(name, attempt_id):
@@ -247,6 +268,11 @@ class Scheduler:
     async def _ask_stop(self, name: str, reason: StopReason) -> None:
         await self._executor.stop(name, reason, epoch=self.lease.epoch)
         self._asked.add((name, reason))
+
+    async def _end_by_force(self, name: str) -> None:
+        log.warning("%s answers nothing: it is ended", name)
+        await self._executor.release(name)
+        self._wake.set()
 
     async def _release(self, name: str, attempt_id: str | None) -> None:
         if attempt_id is None and await self._is_under_way(name):

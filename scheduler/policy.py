@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from control_plane.states import RETRY_PAUSES_S, StopReason, WorkKind
@@ -12,6 +14,12 @@ LONGEST_PAUSE = timedelta(seconds=max(RETRY_PAUSES_S))
 """Who would have to wait longer has nothing to wait for: the clock was set back since."""
 SLACK = 1e-9
 """Slack when fractional resources are compared."""
+RECONNECTING_S = 15.0
+"""A supervisor that does not answer for so long is shown as reconnecting,"""
+SILENCE_S = 120.0
+"""and ended after so long, though the cluster calls it alive: then its death is certain and the work can go on;"""
+SILENCE_STOPPING_S = 30.0
+"""or after so long when it has been asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,12 @@ class Snapshot:
     """Why MLflow gave no new run when it was last asked."""
     asked: frozenset[tuple[str, StopReason]] = frozenset()
     """Stops that have been passed on: (attempt name, reason)."""
+    silent_s: Mapping[str, float] = field(default_factory=dict)
+    """How long supervisors have answered nothing while the cluster could be reached, by attempt name."""
+    known_s: float = math.inf
+    """For how long this cluster has been known under its id."""
+    node_timeout_s: float = 0.0
+    """For so long nodes may outlive the cluster that they belonged to."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,14 @@ class Release:
     attempt_id: str | None = None
 
 
-Action = Dispatch | SetQueueReason | Start | Follow | SetReconnecting | AskStop | DeclareFault | Release
+@dataclass(frozen=True)
+class EndByForce:
+    """Its supervisor answers nothing: end it and its gang, so that their death is certain."""
+
+    name: str
+
+
+Action = EndByForce | Dispatch | SetQueueReason | Start | Follow | SetReconnecting | AskStop | DeclareFault | Release
 
 
 def decide(snapshot: Snapshot, now: datetime) -> list[Action]:
@@ -144,19 +165,32 @@ def _tended(held: Held, snapshot: Snapshot) -> list[Action]:
         return _reconnecting(held, held.cluster_id is not None)
     if liveness is Liveness.DEAD:
         return [DeclareFault(held.attempt_id, held.name, "SUPERVISOR_DIED", "The attempt's supervisor died")]
-    if liveness is None and held.cluster_id is None:
-        return [Start(held.work_id, held.attempt_id)]
     if liveness is None:
-        same = held.cluster_id == look.cluster_id
-        code, which = ("SUPERVISOR_LOST", "The cluster") if same else ("CLUSTER_LOST", "A new cluster")
-        return [DeclareFault(held.attempt_id, held.name, code, f"{which} does not know the attempt")]
+        return _unknown(held, snapshot)
+    silent_s = snapshot.silent_s.get(held.name, 0.0)
+    if silent_s > (SILENCE_STOPPING_S if held.stop_requested else SILENCE_S):
+        return [EndByForce(held.name)]
     actions: list[Action] = [
         Follow(held.attempt_id, held.name, adopt=held.cluster_id is None),
-        *_reconnecting(held, False),
+        *_reconnecting(held, silent_s > RECONNECTING_S),
     ]
     if held.stop_requested and (held.name, held.stop_requested) not in snapshot.asked:
         actions.append(AskStop(held.name, held.stop_requested))
     return actions
+
+
+def _unknown(held: Held, snapshot: Snapshot) -> list[Action]:
+    """The cluster has never seen it. If it ran in another one, its processes may live as long as that one's nodes."""
+    look = snapshot.look
+    if held.cluster_id == look.cluster_id:
+        told = "The cluster does not know the attempt"
+        return [DeclareFault(held.attempt_id, held.name, "SUPERVISOR_LOST", told)]
+    if snapshot.known_s < snapshot.node_timeout_s:
+        return _reconnecting(held, held.cluster_id is not None)
+    if held.cluster_id is None:
+        return [Start(held.work_id, held.attempt_id)]
+    told = "The attempt ended with the cluster that it ran in"
+    return [DeclareFault(held.attempt_id, held.name, "CLUSTER_LOST", told)]
 
 
 def _reconnecting(held: Held, value: bool) -> list[Action]:

@@ -80,6 +80,7 @@ def placed(settings: Settings, ports: Ports) -> Settings:
         mlflow_public_url=os.environ.get("BRIGHTRUN_MLFLOW_PUBLIC_URL") or mlflow,
         ray_address=f"{LOOPBACK}:{ports.ray}",
         ray_dashboard_url=settings.ray_dashboard_url or f"http://{LOOPBACK}:{ports.dashboard}",
+        node_timeout_s=0.0,
     )
 
 

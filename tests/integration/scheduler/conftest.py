@@ -44,7 +44,7 @@ class House:
 
     def __init__(self, database: Database, folder: Path) -> None:
         self.database = database
-        self.settings = Settings(data_dir=folder, tick_s=0.02, lease_timeout_s=1.0)
+        self.settings = Settings(data_dir=folder, tick_s=0.02, lease_timeout_s=1.0, node_timeout_s=0.0)
         self.catalog = Catalog.load(self.settings)
         self.executor = FakeExecutor()
         self.tracking = FakeTracking()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -647,3 +648,69 @@ async def test_a_cluster_that_fails_in_a_call_is_asked_again(house: House, monke
     job_id = await house.new_job()
     async with house.scheduling():
         await house.until_running(job_id)
+
+
+async def test_a_new_cluster_is_no_proof_while_old_nodes_may_live(house: House) -> None:
+    house.settings = replace(house.settings, node_timeout_s=1.0)
+    job_id = await house.new_job()
+    async with house.scheduling():
+        await asyncio.sleep(1.1)
+        name = await house.until_running(job_id)
+        await house.until_heard(name)
+        house.executor.new_cluster()
+
+        async def reconnecting() -> bool:
+            return (await house.job(job_id)).reconnecting
+
+        await house.until("reconnecting", reconnecting)
+        assert (await house.attempts(job_id))[0].outcome is None
+        await house.until_running(job_id, 2)
+    assert (await house.attempts(job_id))[0].exit_reason == "CLUSTER_LOST"
+
+
+async def test_a_supervisor_that_answers_nothing_is_ended(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scheduler.policy.SILENCE_S", 0.3)
+    monkeypatch.setattr("scheduler.policy.RECONNECTING_S", 0.1)
+    job_id = await house.new_job()
+    poll, deaf = house.executor.poll, False
+
+    async def silence(name: str, cursor: int, **rest: Any) -> Any:
+        if deaf and name.endswith("/1"):
+            raise Unreachable("no answer")
+        return await poll(name, cursor, **rest)
+
+    monkeypatch.setattr(house.executor, "poll", silence)
+    async with house.scheduling():
+        name = await house.until_running(job_id)
+        house.train(name, 1, 5)
+        await house.put_checkpoint(name, 5)
+        await house.until_heard(name)
+        deaf = True
+        second = await house.until_running(job_id, 2)
+        assert not house.executor.attempts[name].alive
+        house.complete(second)
+        await house.until_job(job_id, "COMPLETED")
+    assert (await house.attempts(job_id))[0].exit_reason == "SUPERVISOR_DIED"
+    await in_order(house)
+
+
+async def test_a_cancelled_job_is_ended_though_its_supervisor_is_deaf(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.policy.SILENCE_STOPPING_S", 0.3)
+    job_id = await house.new_job()
+
+    async def silence(*_: Any, **__: Any) -> Any:
+        raise Unreachable("no answer")
+
+    async with house.scheduling():
+        name = await house.until_running(job_id)
+        house.train(name, 1, 5)
+        await house.until_heard(name)
+        monkeypatch.setattr(house.executor, "poll", silence)
+        monkeypatch.setattr(house.executor, "stop", silence)
+        assert not await stop(house, job_id, StopReason.CANCEL)
+        job = await house.until_job(job_id, "CANCELLED")
+    assert not house.executor.attempts[name].alive
+    assert (job.attempt, job.final_cost_microusd) == (1, 0)
+    await in_order(house)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -15,6 +16,7 @@ from scheduler.policy import (
     AskStop,
     DeclareFault,
     Dispatch,
+    EndByForce,
     Follow,
     Held,
     Release,
@@ -183,3 +185,52 @@ def test_supervisors_that_belong_to_nothing_are_released() -> None:
 
 def test_nothing_is_released_while_the_cluster_is_away() -> None:
     assert plan(held=(held("a", ended=True),), look=AWAY) == []
+
+
+@pytest.mark.parametrize(
+    ("known_s", "cluster_id", "expected"),
+    [
+        (89.0, "c0", [SetReconnecting(WorkKind.JOB, "a", True)]),
+        (90.0, "c0", [DeclareFault("attempt of a", "a/1", "CLUSTER_LOST", mock.ANY)]),
+        (89.0, None, []),
+        (90.0, None, [Start("a", "attempt of a")]),
+        (0.0, "c1", [DeclareFault("attempt of a", "a/1", "SUPERVISOR_LOST", mock.ANY)]),
+    ],
+)
+def test_nodes_may_outlive_their_cluster_for_a_while(
+    known_s: float, cluster_id: str | None, expected: list[Action]
+) -> None:
+    """Whatever may run on them yet is neither lost nor started again."""
+    lost = held("a", cluster_id=cluster_id)
+    assert plan(held=(lost,), known_s=known_s, node_timeout_s=90.0) == expected
+    away = plan(held=(replace(lost, reconnecting=True),), look=AWAY, known_s=known_s, node_timeout_s=90.0)
+    assert not any(isinstance(action, DeclareFault | Start) for action in away)
+
+
+def test_while_nodes_may_live_on_their_jobs_place_is_not_given_away() -> None:
+    actions = plan(job("b"), held=(held("a", cluster_id="c0"),), known_s=1.0, node_timeout_s=90.0)
+    assert not any(isinstance(action, Dispatch) for action in actions)
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "stop", "expected"),
+    [
+        (14, None, [Follow]),
+        (16, None, [Follow, SetReconnecting]),
+        (119, None, [Follow, SetReconnecting]),
+        (121, None, [EndByForce]),
+        (29, StopReason.CANCEL, [Follow, SetReconnecting, AskStop]),
+        (31, StopReason.CANCEL, [EndByForce]),
+    ],
+)
+def test_who_answers_nothing_is_ended_though_it_is_called_alive(
+    silent_s: float, stop: StopReason | None, expected: list[type]
+) -> None:
+    look = with_actors(a=Liveness.ALIVE)
+    actions = plan(held=(held("a", stop_requested=stop),), look=look, silent_s={"a/1": silent_s})
+    assert [type(action) for action in actions] == expected
+
+
+def test_silence_says_nothing_while_the_cluster_is_away() -> None:
+    actions = plan(held=(held("a", reconnecting=True),), look=AWAY, silent_s={"a/1": 1000.0})
+    assert actions == []
