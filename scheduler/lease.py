@@ -48,11 +48,19 @@ class Lease:
         self._sight: _Sight | None = None
 
     async def acquire(self) -> int:
-        """Wait until the lease is ours; its epoch."""
-        while not await self.try_acquire():
+        """Wait until the lease is ours (and the database there); its epoch."""
+        while not await self._could_acquire():
             await pause(self._timeout_s / BEATS_PER_TIMEOUT)
         log.info("lease acquired", extra={"epoch": self.epoch, "holder": self.holder})
         return self.epoch
+
+    async def _could_acquire(self) -> bool:
+        try:
+            return await self.try_acquire()
+        except Exception:
+            log.exception("the lease could not be looked at")
+            self._sight = None  # while the database was away, nobody could beat
+            return False
 
     async def try_acquire(self) -> bool:
         """Take the lease if nobody holds it, its holder is gone, or its beat has stood still for the time-out."""

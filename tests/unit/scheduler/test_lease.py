@@ -46,6 +46,29 @@ async def test_a_beat_that_stands_still_is_superseded_and_the_old_holder_is_fenc
         assert await session.get(Team, "t") is None
 
 
+async def test_a_database_that_is_away_is_waited_for_and_held_against_nobody(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder, other = Lease(database, 0.3, ELSEWHERE), Lease(database, 0.3, "two:x/2/2.0")
+    assert await holder.try_acquire()
+    assert not await other.try_acquire()
+    looks = 0
+
+    async def away() -> bool:
+        nonlocal looks
+        looks += 1
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(other, "try_acquire", away)
+    waiting = asyncio.create_task(other.acquire())
+    while looks < 8:  # for longer than the time-out
+        await asyncio.sleep(0.01)
+    monkeypatch.undo()
+    back = time.monotonic()
+    assert await asyncio.wait_for(waiting, 10) == 2
+    assert time.monotonic() - back >= 0.29, "superseded for a silence that was the database's"
+
+
 async def test_a_holder_that_beats_is_not_superseded(database: Database) -> None:
     holder, other = Lease(database, 0.5, ELSEWHERE), Lease(database, 0.5, "two:x/2/2.0")
     assert await holder.try_acquire()
