@@ -110,6 +110,8 @@ class Mirror:
             if complete and job.mirrored_status != job.status:
                 ended = job.completed_at if job.status in TERMINAL else None
                 await self._tracking.set_status(job.mlflow_run_id, RUN_STATUS[job.status], ended)
+                if ended:
+                    await self._tracking.settle(job.mlflow_run_id, team_id=job.team_id, job_id=job.id)
         except TrackingRefused:
             log.exception("MLflow refused a part of the mirror", extra={"job": job.id, "run": job.mlflow_run_id})
         async with self._lease.write() as session:

@@ -56,6 +56,11 @@ class Tracking(Protocol):
         """``status``: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
         ...
 
+    async def settle(self, run_id: str, *, team_id: str, job_id: str) -> None:
+        """Delete any other run of the job: a request that was repeated, or a scheduler that was superseded in the
+        middle of it, may have made one."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -67,8 +72,7 @@ class MlflowTracking:
 
     async def ensure_run(self, *, team_id: str, job_id: str, name: str) -> Run:
         experiment = await self._experiment(f"team-{team_id}")
-        wanted = {"experiment_ids": [experiment], "filter": f"tags.`{JOB_TAG}` = '{job_id}'", "max_results": 1}
-        found = (await self._call("POST", "runs/search", wanted)).get("runs")
+        found = await self._runs_of(experiment, job_id)
         run = found[0] if found else await self._create_run(experiment, job_id, name)
         info = run["info"]
         return Run(experiment, info["run_id"], artifact_prefix(info["artifact_uri"]))
@@ -93,8 +97,18 @@ class MlflowTracking:
             update["end_time"] = int(ended.timestamp() * 1000)
         await self._call("POST", "runs/update", update)
 
+    async def settle(self, run_id: str, *, team_id: str, job_id: str) -> None:
+        for run in await self._runs_of(await self._experiment(f"team-{team_id}"), job_id):
+            if run["info"]["run_id"] != run_id:
+                await self.set_status(run["info"]["run_id"], "KILLED", None)
+                await self._call("POST", "runs/delete", {"run_id": run["info"]["run_id"]})
+
     async def close(self) -> None:
         await self._http.aclose()
+
+    async def _runs_of(self, experiment: str, job_id: str) -> list[dict[str, Any]]:
+        wanted = {"experiment_ids": [experiment], "filter": f"tags.`{JOB_TAG}` = '{job_id}'", "max_results": 100}
+        return list((await self._call("POST", "runs/search", wanted)).get("runs") or [])
 
     async def _experiment(self, name: str) -> str:
         try:

@@ -12,6 +12,7 @@ from scheduler.tracking import Metric, Run, TrackingDown, TrackingRefused
 class FakeRun:
     run: Run
     name: str
+    job_id: str = ""
     status: str = "RUNNING"
     ended: datetime | None = None
     metrics: dict[tuple[str, int, int], float] = field(default_factory=dict)
@@ -30,18 +31,24 @@ class FakeTracking:
     def __init__(self) -> None:
         self.down = False
         self.runs: dict[str, FakeRun] = {}
+        self._made = 0
         self._by_job: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
 
     async def ensure_run(self, *, team_id: str, job_id: str, name: str) -> Run:
         self._answer()
         if job_id not in self._by_job:
-            experiment = self._experiments.setdefault(team_id, str(len(self._experiments) + 1))
-            run_id = f"run{len(self.runs) + 1}"
-            run = Run(experiment, run_id, f"mlflow/{experiment}/{run_id}/artifacts")
-            self.runs[run_id] = FakeRun(run, name)
-            self._by_job[job_id] = run_id
+            self._by_job[job_id] = self.stray(team_id=team_id, job_id=job_id, name=name).run_id
         return self.runs[self._by_job[job_id]].run
+
+    def stray(self, *, team_id: str, job_id: str, name: str) -> Run:
+        """A further run with the job's tag, as a repeated request makes it."""
+        experiment = self._experiments.setdefault(team_id, str(len(self._experiments) + 1))
+        self._made += 1
+        run_id = f"run{self._made}"
+        run = Run(experiment, run_id, f"mlflow/{experiment}/{run_id}/artifacts")
+        self.runs[run_id] = FakeRun(run, name, job_id=job_id)
+        return run
 
     async def log(self, run_id: str, metrics: list[Metric], params: dict[str, str], tags: dict[str, str]) -> None:
         run = self._run(run_id)
@@ -56,6 +63,10 @@ class FakeTracking:
     async def set_status(self, run_id: str, status: str, ended: datetime | None) -> None:
         run = self._run(run_id)
         run.status, run.ended = status, ended or run.ended
+
+    async def settle(self, run_id: str, *, team_id: str, job_id: str) -> None:
+        self._answer()
+        self.runs = {key: run for key, run in self.runs.items() if key == run_id or run.job_id != job_id}
 
     async def close(self) -> None: ...
 

@@ -714,3 +714,33 @@ async def test_a_cancelled_job_is_ended_though_its_supervisor_is_deaf(
     assert not house.executor.attempts[name].alive
     assert (job.attempt, job.final_cost_microusd) == (1, 0)
     await in_order(house)
+
+
+async def test_a_scheduler_superseded_while_it_makes_a_run_leaves_no_other(house: House) -> None:
+    job_id = await house.new_job()
+    made = asyncio.Event()
+    ensure = house.tracking.ensure_run
+
+    async def hang(**asked: Any) -> Any:
+        await ensure(**asked)
+        made.set()
+        await asyncio.Event().wait()
+
+    house.tracking.ensure_run = hang  # type: ignore[method-assign]
+    first = house.scheduler()
+    task = asyncio.create_task(first.run(asyncio.Event()))
+    await asyncio.wait_for(made.wait(), 10)
+    await house.kill(task, first)
+    assert (await house.job(job_id)).mlflow_run_id is None
+
+    house.tracking.ensure_run = ensure  # type: ignore[method-assign]
+    async with house.scheduling():
+        name = await house.until_running(job_id)
+        job = await house.job(job_id)
+        house.tracking.stray(team_id=job.team_id, job_id=job_id, name="of a request that came late")
+        house.complete(name)
+
+        async def alone() -> bool:
+            return [(key, run.status) for key, run in house.tracking.runs.items()] == [(job.mlflow_run_id, "FINISHED")]
+
+        await house.until("the stray to go", alone)

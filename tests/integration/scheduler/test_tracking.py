@@ -66,6 +66,12 @@ class Subject(Protocol):
         """status, ended (ms), metrics [(key, step, value)], params, tags of ours."""
         ...
 
+    async def stray(self, team_id: str, job_id: str) -> str:
+        """Another run with the job's tag; its id."""
+        ...
+
+    async def is_there(self, run_id: str) -> bool: ...
+
 
 class Fake:
     def __init__(self) -> None:
@@ -80,6 +86,12 @@ class Fake:
             "params": found.params,
             "tags": {key: value for key, value in found.tags.items() if key.startswith("brightrun.")},
         }
+
+    async def stray(self, team_id: str, job_id: str) -> str:
+        return self.tracking.stray(team_id=team_id, job_id=job_id, name="a stray").run_id
+
+    async def is_there(self, run_id: str) -> bool:
+        return run_id in self.tracking.runs
 
 
 class Real:
@@ -108,6 +120,20 @@ class Real:
                 if key.startswith("brightrun.") and key != "brightrun.job_id"
             },
         }
+
+    async def stray(self, team_id: str, job_id: str) -> str:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(self.url)
+        experiment = client.get_experiment_by_name(f"team-{team_id}")
+        return str(client.create_run(experiment.experiment_id, tags={"brightrun.job_id": job_id}).info.run_id)
+
+    async def is_there(self, run_id: str) -> bool:
+        from mlflow.tracking import MlflowClient
+
+        info = MlflowClient(self.url).get_run(run_id).info
+        assert (info.lifecycle_stage == "active") is (info.status != "KILLED")
+        return bool(info.lifecycle_stage == "active")
 
 
 @pytest.fixture(params=["fake", "mlflow"])
@@ -155,6 +181,18 @@ async def test_a_run_ends_when_its_job_did(subject: Subject) -> None:
             await subject.tracking.set_status(run.run_id, status, ended)
         held = await subject.run(run)
         assert (held["status"], held["ended"]) == (status, int(ended.timestamp() * 1000))
+
+
+async def test_runs_that_a_superseded_scheduler_made_are_deleted_at_the_end(subject: Subject) -> None:
+    team, job = uuid7(), uuid7()
+    run = await subject.tracking.ensure_run(team_id=team, job_id=job, name="a job")
+    strays = [await subject.stray(team, job) for _ in range(2)]
+    sibling = await subject.tracking.ensure_run(team_id=team, job_id=uuid7(), name="another")
+    for _ in range(2):
+        await subject.tracking.settle(run.run_id, team_id=team, job_id=job)
+    there = [await subject.is_there(run_id) for run_id in (run.run_id, sibling.run_id, *strays)]
+    assert there == [True, True, False, False]
+    assert await subject.tracking.ensure_run(team_id=team, job_id=job, name="a job") == run
 
 
 async def test_what_cannot_be_is_refused(subject: Subject) -> None:
