@@ -102,6 +102,9 @@ class TrackingClient:
     async def set_status(self, run_id: str, status: str, ended: datetime | None) -> None:
         await self._ask(lambda mlflow: mlflow.set_status(run_id, status, ended))
 
+    async def settle(self, run_id: str, *, team_id: str, job_id: str) -> None:
+        await self._ask(lambda mlflow: mlflow.settle(run_id, team_id=team_id, job_id=job_id))
+
     async def close(self) -> None: ...
 
     async def _ask(self, call: Callable[[FakeTracking], Awaitable[T]]) -> T:
