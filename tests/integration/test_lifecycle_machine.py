@@ -1,0 +1,434 @@
+"""Users, schedulers, children and faults in any order, against a model; the real services, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from argon2 import PasswordHasher
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from control_plane.services import passwords
+from control_plane.states import Outcome, Status, StopReason, WorkKind
+from control_plane.tables import Attempt, BudgetHold, TrainingJob
+from control_plane.tables.money import HoldState
+from scheduler.executor import Batch, StaleEpoch, Unreachable
+from scheduler.lease import LeaseLost
+from tests.conftest import without_fsync
+from tests.factories import data_of, error_of, job_body, ready_dataset
+from tests.integration.lifecycle_model import ModelJob, ModelTeam, Pays, Refused, stronger
+from tests.integration.lifecycle_world import CLUSTER, Heard, SchedulerParts, World
+
+SEEDS, EXAMPLES, STEPS = (1, 2, 3), 8, 40
+PICK = st.integers(0, 9)
+MOST_JOBS = 4
+SECONDS = st.sampled_from((1, 20, 300))
+
+T = TypeVar("T")
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """Every rule acts on the installation and on the model; the invariants compare them."""
+
+    def __init__(self, world: World, runner: asyncio.Runner) -> None:
+        super().__init__()
+        self.world, self.run = world, runner.run
+        self.team = ModelTeam()
+        self.models: dict[str, ModelJob] = {}
+        self.with_adapter: set[str] = set()
+        self.heard: list[Heard] = []
+        self.superseded: list[SchedulerParts] = []
+
+    @initialize()
+    def arrive(self) -> None:
+        self.account = self.run(self.world.begin())
+        self.dataset_id = self.run(ready_dataset(self.account, self.world.database))
+        self.submit()
+
+    # Users.
+
+    @precondition(lambda self: len(self.models) < MOST_JOBS)
+    @rule()
+    def submit(self) -> None:
+        upper = self.estimate()
+        fits = self.team.fits(upper, self.spent(), self.held())
+        self.accepted_if(fits, self.post("/api/jobs", job_body(self.dataset_id)), upper)
+
+    @rule(pick=PICK, action=st.sampled_from(("cancel", "pause", "resume", "retry")))
+    def asks(self, pick: int, action: str) -> None:
+        job = one(self.models, pick)
+        if action == "retry":
+            self.retry(job)
+        elif action == "resume" and self.models[job].paused_by == "BUDGET":
+            self.resume_for_money(job)
+        else:
+            self.ask(job, action)
+
+    def retry(self, job: str) -> None:
+        """A new job, whatever becomes of it."""
+        upper, before = self.estimate(), self.rows()
+        fits = self.team.fits(upper, self.spent(), self.held())
+        answer = self.post(f"/api/jobs/{job}/retry", None)
+        if self.models[job].may_be_retried:
+            self.accepted_if(fits, answer, upper)
+        else:
+            error_of(answer, 409, "CONFLICT")
+            assert self.rows() == before
+
+    def resume_for_money(self, job: str) -> None:
+        pays, before = self.pays(job), self.rows()
+        answer = self.post(f"/api/jobs/{job}/resume", {})
+        assert agrees(answer.status_code == 202, pays)
+        if answer.status_code == 202:
+            self.models[job].resume()
+        else:
+            error_of(answer, 402, "BUDGET_EXCEEDED")
+            assert self.rows() == before
+
+    @rule(room=st.none() | st.integers(0, 4))
+    def set_budget(self, room: int | None) -> None:
+        """Unlimited, or what has been spent and as much as ``room`` new jobs hold."""
+        limit = None
+        if room is not None:
+            limit = 1 + sum(self.spent().values()) + room * self.estimate()
+        amount = None if limit is None else f"{limit / 1_000_000:.6f}"
+        self.run(self.account.data("PUT", "/api/budget", {"monthlyBudget": amount}))
+        self.team.budget_microusd = limit
+
+    # The scheduler.
+
+    @precondition(lambda self: self.unfinished)
+    @rule(pick=PICK, times=st.integers(1, 5), seconds=SECONDS)
+    def goes_on(self, pick: int, times: int, seconds: int) -> None:
+        """What happens when nothing happens."""
+        job = one(self.unfinished, pick)
+        for _ in range(times):
+            if self.models[job].status == "QUEUED":
+                self.begin(job)
+            elif job in self.training:
+                self.learn(job, seconds)
+                self.world.executor.store(self.name(job), self.world.step_of(self.name(job)))
+            if job in self.alive:
+                self.listen(job)
+
+    @rule(pick=PICK, answer=st.sampled_from(("arrives", "is lost")))
+    def dispatch(self, pick: int, answer: str) -> None:
+        self.begin(one(self.models, pick), answer)
+
+    def begin(self, job: str, answer: str = "arrives") -> None:
+        model, executor = self.models[job], self.world.executor
+        if answer == "is lost":
+            executor.lost_answers = ["start"]
+        try:
+            self.run(self.world.scheduler.dispatcher.dispatch(WorkKind.JOB, job, CLUSTER))
+        except Unreachable:
+            assert answer == "is lost"
+        executor.lost_answers = []
+        model.dispatched()
+        if model.active:
+            executor.attempts[self.name(job)].on_stop = lambda _: None
+
+    @precondition(lambda self: self.active)
+    @rule(pick=PICK)
+    def start_again(self, pick: int) -> None:
+        job = one(self.active, pick)
+        attempt_id = self.attempt_id(job)
+        before = self.rows()
+        self.run(self.world.scheduler.dispatcher.start(attempt_id, CLUSTER))
+        assert self.rows() == before
+
+    @precondition(lambda self: self.asked)
+    @rule(pick=PICK, obeys=st.booleans())
+    def pass_the_stop_on(self, pick: int, obeys: bool) -> None:
+        job = one(self.asked, pick)
+        reason = self.models[job].stop
+        self.run(self.world.executor.stop(self.name(job), str(reason), epoch=self.world.scheduler.lease.epoch))
+        if obeys and job in self.training:
+            self.world.executor.end(self.name(job), Outcome.STOPPED)
+            self.listen(job)
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK)
+    def hear(self, pick: int) -> None:
+        self.listen(one(self.alive, pick))
+
+    def listen(self, job: str) -> None:
+        attempt_id, name = self.attempt_id(job), self.name(job)
+        heard = self.run(self.world.poll(attempt_id, name))
+        self.run(self.world.scheduler.collector.apply(*heard))
+        self.heard.append(heard)
+        self.take(self.models[job], heard.batch)
+
+    @precondition(lambda self: self.heard)
+    @rule(pick=PICK)
+    def hear_again(self, pick: int) -> None:
+        """A repeated or late answer, of whatever attempt."""
+        before = self.rows()
+        self.run(self.world.scheduler.collector.apply(*one(self.heard, pick)))
+        assert self.rows() == before
+
+    @precondition(lambda self: self.active)
+    @rule(pick=PICK)
+    def supervisor_dies(self, pick: int) -> None:
+        job = one(self.active, pick)
+        attempt_id, name = self.attempt_id(job), self.name(job)
+        self.world.executor.lose(name)
+        for _ in range(2):
+            self.run(self.world.scheduler.collector.declare_fault(attempt_id, name, "SUPERVISOR_DIED", "It died"))
+        self.ended(self.models[job], Outcome.FAULT, None)
+
+    @rule()
+    def budget_is_looked_at(self) -> None:
+        """Jobs that the budget has paused go on when it allows."""
+        for job in self.run(self.world.paused_by_budget()):
+            model, pays = self.models[job], self.pays(job)
+            assert (model.status, model.paused_by) == ("PAUSED", "BUDGET")
+            went_on = self.run(self.world.go_on(job))
+            assert agrees(went_on, pays)
+            if went_on:
+                model.resume()
+        stay = [job for job, model in self.models.items() if model.paused_by == "BUDGET"]
+        assert Pays.ALL not in map(self.pays, stay)
+
+    @rule()
+    def another_scheduler_takes_over(self) -> None:
+        self.superseded = [self.world.scheduler]
+        self.run(self.world.new_scheduler())
+
+    @precondition(lambda self: self.superseded)
+    @rule(pick=PICK)
+    def a_superseded_scheduler_acts(self, pick: int) -> None:
+        job = one(self.models, pick)
+        (stale,) = self.superseded
+        before = self.rows()
+        with pytest.raises(LeaseLost):
+            self.run(stale.dispatcher.dispatch(WorkKind.JOB, job, CLUSTER))
+        if self.models[job].active:
+            attempt_id, name = self.attempt_id(job), self.name(job)
+            with pytest.raises(LeaseLost):
+                self.run(stale.collector.declare_fault(attempt_id, name, "SUPERVISOR_DIED", "It did not"))
+            if self.world.executor.attempts[name].epoch > stale.lease.epoch:
+                with pytest.raises(StaleEpoch):
+                    self.run(self.world.executor.stop(name, StopReason.CANCEL, epoch=stale.lease.epoch))
+        assert self.rows() == before
+
+    # The child.
+
+    @precondition(lambda self: self.training)
+    @rule(pick=PICK, seconds=SECONDS)
+    def train(self, pick: int, seconds: int) -> None:
+        self.learn(one(self.training, pick), seconds)
+
+    def learn(self, job: str, seconds: int) -> None:
+        name, executor = self.name(job), self.world.executor
+        executor.emit(name, {"type": "phase", "name": "training"})
+        executor.clock.advance(min(seconds, self.world.seconds_left(name)))
+        step = self.world.step_of(name) + 1
+        executor.emit(name, {"type": "metrics", "step": step, "epoch": 0, "training_loss": 1.0, "learning_rate": 1e-4})
+
+    @precondition(lambda self: self.training)
+    @rule(pick=PICK)
+    def save(self, pick: int) -> None:
+        name = self.name(one(self.training, pick))
+        self.world.executor.store(name, self.world.step_of(name))
+
+    @precondition(lambda self: self.active)
+    @rule(pick=PICK)
+    def tear(self, pick: int) -> None:
+        """The newest checkpoint's files are damaged."""
+        job = one(self.active, pick)
+        newest = self.run(self.world.newest_checkpoint(job))
+        if newest:
+            self.world.executor.torn.add(newest)
+
+    @precondition(lambda self: self.training)
+    @rule(pick=PICK, outcome=st.sampled_from(Outcome), adapter=st.booleans(), heard=st.booleans())
+    def child_ends(self, pick: int, outcome: Outcome, adapter: bool, heard: bool) -> None:
+        job = one(self.training, pick)
+        name = self.name(job)
+        if outcome is Outcome.STOPPED and not self.world.executor.attempts[name].stop_reason:
+            outcome = Outcome.COMPLETED
+        if outcome is Outcome.COMPLETED and adapter:
+            files = {"adapter_config.json": {"key": f"{name}/adapter/adapter_config.json", "size": 1, "sha256": "0"}}
+            self.world.executor.emit(name, {"type": "adapter", "files": files, "best_step": 1})
+        self.world.executor.end(name, outcome, code="" if outcome is Outcome.STOPPED else "WHY")
+        if heard:
+            self.listen(job)
+
+    # What must hold.
+
+    @invariant()
+    def it_is_as_the_model_says(self) -> None:
+        stands = {row.id: row for row in self.run(self.world.select(TrainingJob, TrainingJob.id.in_(self.models)))}
+        assert {job: seen(row) for job, row in stands.items()} == {job: told(m) for job, m in self.models.items()}
+        events = self.run(self.world.numbers_of_events(self.models))
+        assert events == {job: (1, row.event_seq, row.event_seq) for job, row in stands.items()}
+
+    @invariant()
+    def what_is_open_belongs_to_what_goes_on(self) -> None:
+        attempts = self.run(self.world.select(Attempt, Attempt.work_id.in_(self.models), Attempt.outcome.is_(None)))
+        active = [(job, model.attempt) for job, model in self.models.items() if model.active]
+        assert sorted((attempt.work_id, attempt.number) for attempt in attempts) == sorted(active)
+        holds = self.run(self.world.select(BudgetHold, BudgetHold.job_id.in_(self.models)))
+        assert {hold.job_id: hold.state for hold in holds} == {
+            job: HoldState.CLOSED if model.ended else HoldState.OPEN for job, model in self.models.items()
+        }
+
+    def the_ledger_balances(self) -> None:
+        assert self.run(self.world.violations()) == []
+
+    def teardown(self) -> None:
+        try:
+            self.the_ledger_balances()
+        finally:
+            self.run(self.world.clear())
+
+    # Within.
+
+    @property
+    def unfinished(self) -> list[str]:
+        return [job for job, model in self.models.items() if model.active or model.status == "QUEUED"]
+
+    @property
+    def active(self) -> list[str]:
+        """Jobs with an attempt that has not ended for the database."""
+        return [job for job, model in self.models.items() if model.active]
+
+    @property
+    def alive(self) -> list[str]:
+        """… whose supervisor answers."""
+        attempts = self.world.executor.attempts
+        return [job for job in self.active if attempts[self.name(job)].alive]
+
+    @property
+    def training(self) -> list[str]:
+        """… and whose child goes on."""
+        return [job for job in self.alive if self.world.executor.attempts[self.name(job)].ending is None]
+
+    @property
+    def asked(self) -> list[str]:
+        return [job for job in self.alive if self.models[job].stop]
+
+    def ask(self, job: str, action: str) -> None:
+        before = self.rows()
+        answer = self.post(f"/api/jobs/{job}/{action}", {})
+        try:
+            getattr(self.models[job], action)()
+        except Refused:
+            error_of(answer, 409, "CONFLICT")
+            assert self.rows() == before
+        else:
+            assert data_of(answer)["job"]["status"] == self.models[job].status
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return self.run(self.account.call("POST", path, body))
+
+    def estimate(self) -> int:
+        """What a new job's hold will be."""
+        made = data_of(self.post("/api/jobs/estimate", job_body(self.dataset_id)))["estimate"]
+        return round(float(made["computeCost"]["p90"]) * 1_000_000)
+
+    def accepted_if(self, fits: bool, answer: httpx.Response, hold: int) -> None:
+        if fits:
+            assert answer.status_code == 201
+            job = str(data_of(answer)["jobId"])
+            self.models[job] = ModelJob(job)
+            assert self.held()[job] == hold
+        else:
+            error_of(answer, 402, "BUDGET_EXCEEDED")
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.run(self.world.rows(self.models))
+
+    def name(self, job: str) -> str:
+        return f"{job}/{self.models[job].attempt}"
+
+    def attempt_id(self, job: str) -> str:
+        """Of the attempt that goes on."""
+        where = (Attempt.work_id == job, Attempt.number == self.models[job].attempt)
+        return str(self.run(self.world.select(Attempt, *where))[0].id)
+
+    def take(self, model: ModelJob, batch: Batch) -> None:
+        """What the model makes of a batch that is heard for the first time."""
+        for up in batch.events:
+            if up.event["type"] == "started":
+                model.started()
+            if up.event["type"] == "stored":
+                model.saved(up.event["step"])
+            if up.event["type"] == "adapter":
+                self.with_adapter.add(model.id)
+        if batch.state == "stopping":
+            model.stop = stronger(model.stop, "BUDGET")
+        if batch.ending:
+            self.ended(model, batch.ending.outcome, batch.ending.stop_reason)
+
+    def ended(self, model: ModelJob, outcome: str, asked: str | None) -> None:
+        """Whether a budget that leaves some is enough is not the model's to say."""
+        (row,) = self.run(self.world.select(TrainingJob, TrainingJob.id == model.id))
+        pays = self.pays(model.id)
+        paid = pays is Pays.ALL or (pays is Pays.SOME and row.status is Status.QUEUED)
+        model.attempt_ended(outcome, asked, adapter=model.id in self.with_adapter, paid=paid)
+        self.the_ledger_balances()
+
+    def pays(self, job: str) -> Pays:
+        return self.team.pays(job, self.spent(), self.held())
+
+    def spent(self) -> dict[str, int]:
+        return self.run(self.world.spent(self.models))
+
+    def held(self) -> dict[str, int]:
+        return self.run(self.world.held(self.models))
+
+
+def agrees(went_on: bool, pays: Pays) -> bool:
+    return pays is Pays.SOME or went_on is (pays is Pays.ALL)
+
+
+def one(of: Collection[T], pick: int) -> T:
+    return list(of)[pick % len(of)]
+
+
+def seen(job: TrainingJob) -> tuple[Any, ...]:
+    return job.status, job.paused_by, job.stop_requested, job.attempt, job.retry_count
+
+
+def told(model: ModelJob) -> tuple[Any, ...]:
+    return model.status, model.paused_by, model.stop, model.attempt, model.faults
+
+
+@pytest.fixture
+def world(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[World, asyncio.Runner]]:
+    monkeypatch.setattr(passwords, "_hasher", PasswordHasher(time_cost=1, memory_cost=64, parallelism=1))
+    with asyncio.Runner() as runner:
+        world = World(database_url, tmp_path / "data")
+        without_fsync(world.database)
+        running = world.running()
+        runner.run(running.__aenter__())
+        yield world, runner
+        runner.run(running.__aexit__(None, None, None))
+
+
+@pytest.mark.parametrize("number", SEEDS)
+def test_the_lifecycle_is_as_the_model_says(world: tuple[World, asyncio.Runner], number: int) -> None:
+    options = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
+        phases=(Phase.generate, Phase.shrink),
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(seed(number)(lambda: Lifecycle(*world)), settings=options)
