@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from scheduler.executor import AttemptGone, AttemptSpec, StaleEpoch, Unreachable
 
 NAMESPACE = "brightrun"
 RELEASE_S = 10.0
+STRAY = re.compile(r"^.+-\d+-(r\d+|s)$")
+"""The scratch folder of a rank or a supervisor."""
 
 
 def connect(address: str) -> None:
@@ -118,6 +121,23 @@ def sweep(work_root: str, stem: str, pids: list[int]) -> bool:
     for folder in Path(work_root).glob(f"{stem}*"):
         shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def tidy(node: str, work_root: str) -> None:
+    """Have a node that has just (re)joined remove what attempts left on it that ended with it. Does not wait."""
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(sweep_strays).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(work_root)
+
+
+def sweep_strays(work_root: str) -> None:
+    """Remove the folders of attempts that no living actor belongs to. A folder is made after its actor is registered,
+    and names are never used again: what was seen before the actors and has none will have none."""
+    folders = [folder for folder in Path(work_root).glob("*") if STRAY.match(folder.name)]
+    living = {actor.name.partition("/r")[0] for actor in gcs.live_actors()}
+    for folder in folders:
+        stem = folder.name.rpartition("-")[0]
+        if "/".join(stem.rsplit("-", 1)) not in living and not _processes_of(str(folder), []):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _processes_of(prefix: str, pids: list[int]) -> list[int]:

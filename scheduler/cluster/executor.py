@@ -56,6 +56,8 @@ class RayExecutor:
         self._connecting: asyncio.Future[ModuleType] | None = None
         self._looking: asyncio.Future[Look] | None = None
         self._trouble = ""
+        self._nodes: set[str] = set()
+        """Nodes that have been seen, and tidied."""
         self._handles: dict[str, Any] = {}
         self._dead: set[str] = set()
         self._seen: set[str] | None = None
@@ -113,8 +115,11 @@ class RayExecutor:
         return look
 
     def _look_now(self) -> Look:
-        from scheduler.cluster import gcs
+        from scheduler.cluster import driver, gcs
 
+        for node in set(gcs.live_nodes()) - self._nodes:
+            driver.tidy(node, self._work_root)
+            self._nodes.add(node)
         alive = {a.name for a in gcs.live_actors() if ATTEMPT_NAME.match(a.name)}
         if self._seen is None or self._seen - alive - self._dead:
             self._dead = {a.name for a in gcs.dead_actors() if ATTEMPT_NAME.match(a.name)}
