@@ -43,7 +43,7 @@ class Installation:
             self.house = House(self.data_dir, base_models_file(self.folder / "models"), **settings)
             stack.callback(self._end_house)
             self.house.start()
-            self.standby = Kept(self._scheduler, self._environment(), self.data_dir / "logs" / "standby.log")
+            self.standby = Kept(self._scheduler, self.environment(), self.data_dir / "logs" / "standby.log")
             stack.callback(self.standby.close)
             self._join(stack)
             self.client = Client(self.house)
@@ -85,7 +85,7 @@ class Installation:
     def _scheduler(self) -> list[str]:
         return [sys.executable, "-m", "control_plane.cli", "scheduler"]
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """As ``brightrun up`` gives it to its parts."""
         outer = {k: v for k, v in os.environ.items() if not k.startswith(("BRIGHTRUN_", "RAY_", "MLFLOW_"))}
         return outer | {
