@@ -28,17 +28,17 @@ class Means(NamedTuple):
 
     needed: int
     left: int | None
-    """Rest of its hold and the team's free budget; None: unlimited."""
+    """Rest of its hold and the team's free budget; None: unlimited, or it costs nothing."""
 
     @property
     def sufficient(self) -> bool:
-        return self.left is None or self.needed == 0 or self.needed <= self.left
+        return self.left is None or (self.left > 0 and self.needed <= self.left)
 
 
 async def means(session: AsyncSession, job: TrainingJob) -> Means:
     needed = charge(await _needed_ms(session, job), job.price_microusd_per_hour)
     free = await budget.available(session, job.team_id)
-    if free is None:
+    if free is None or job.price_microusd_per_hour == 0:
         return Means(needed, None)
     hold = await _hold(session, job.id)
     rest = max(0, hold.amount_microusd - await _charged(session, job.id)) if hold else 0

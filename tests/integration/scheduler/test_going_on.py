@@ -138,6 +138,16 @@ async def test_a_users_pause_stays(house: House) -> None:
         await house.until_running(job_id, 2)
 
 
+async def test_a_user_who_pauses_it_in_the_meantime_is_heeded(database: Database) -> None:
+    job = await at_the_ceiling(database, training=10)
+    async with database.write() as session:
+        row = await session.get_one(TrainingJob, job.id)
+        await request_stop(session, row, StopReason.PAUSE)
+        assert not await paused.go_on(session, row)
+    async with database.read() as session:
+        assert (await session.get_one(TrainingJob, job.id)).status is Status.PAUSED
+
+
 async def at_the_ceiling(database: Database, team: Team | None = None, **usage_s: int) -> TrainingJob:
     """A job that the budget has paused at step 10 of 40; ``usage_s``: seconds by kind, all charged."""
     async with database.write() as session:
@@ -158,6 +168,15 @@ async def at_the_ceiling(database: Database, team: Team | None = None, **usage_s
             )
         )  # fmt: skip
     return job
+
+
+async def test_with_nothing_left_it_stays_though_it_has_used_nothing(database: Database) -> None:
+    async with database.write() as session:
+        team = await make_team(session, budget_microusd=10 * SECOND)
+    await at_the_ceiling(database, team, training=10)
+    job = await at_the_ceiling(database, team)
+    async with database.write() as session:
+        assert not await paused.go_on(session, await session.get_one(TrainingJob, job.id))
 
 
 @pytest.mark.parametrize(
