@@ -107,6 +107,13 @@ async def test_a_torn_checkpoint_is_known(storage: Storage, tmp_path: Path, key:
         await fetch_checkpoint(storage, point(event), tmp_path / "back")
 
 
+async def test_another_checkpoint_in_its_place_is_torn(storage: Storage, tmp_path: Path) -> None:
+    await upload_folder(storage, Path(checkpoint(tmp_path / "out", 2).path), "checkpoints/c")
+
+    with pytest.raises(Torn):
+        await fetch_checkpoint(storage, point(checkpoint(tmp_path / "out", 1)), tmp_path / "back")
+
+
 @pytest.mark.parametrize("manifest", [b"no json", b'{"step": 1}', b'{"files": {"../../evil": {}}}', b"[]"])
 async def test_a_manifest_that_makes_no_sense_is_torn(storage: Storage, tmp_path: Path, manifest: bytes) -> None:
     await storage.put(f"checkpoints/c/{MANIFEST}", manifest)
