@@ -157,6 +157,14 @@ STATE_MACHINE = (
         (POLICY + "test_what_an_ended_attempt_has_not_released_is_not_free",),
     ),
     Mutation(
+        "nobody is overtaken",
+        "small jobs keep a gang waiting forever",
+        "scheduler/policy.py",
+        "                self._wanted.update(wanted)\n",
+        "",
+        (POLICY + "test_a_gang_is_not_overtaken_by_those_behind_it",),
+    ),
+    Mutation(
         "hang deadline",
         "a hung training goes on",
         "scheduler/cluster/watch.py",
