@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from control_plane.states import Outcome, StopReason
 from scheduler.executor import Liveness, Look, RankTimes, ResumePoint, Unreachable
 from scheduler.simulator.executor import FakeAttempt, FakeExecutor
+from scheduler.simulator.inhabitants import REPORT
 
 if TYPE_CHECKING:
     from scheduler.simulator.world import World
@@ -326,7 +327,9 @@ class Child:
     async def _examine(self) -> None:
         """A verdict's child."""
         await asyncio.sleep(2.0)
-        self._emit("verdict", report=self._cluster.world.report)
+        if self.hung:
+            await asyncio.get_running_loop().create_future()
+        self._emit("verdict", report=REPORT)
         self._emit("finished", outcome="completed", step=0)
         self._cluster.end(self._name, Outcome.COMPLETED)
 
@@ -347,7 +350,7 @@ class Child:
                 code = "OVER_ALLOWANCE"
             elif self._stop_since is not None and now - self._stop_since > GRACE_S:
                 code = "UNRESPONSIVE"
-            elif self._fact.loaded_ms is not None and now - self._last_sign > HANG_S:
+            elif (self._fact.loaded_ms is not None or not self._fact.metered) and now - self._last_sign > HANG_S:
                 code = "HUNG"
             if code:
                 return self._cluster.end(self._name, Outcome.FAULT, code=code, message="ended by force")

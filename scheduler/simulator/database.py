@@ -130,9 +130,10 @@ class Connection:
         hazards = self.process.world.hazards
         if not self.begun:
             await hazards.begin(self)
-            await self.store.lock(self)
             self.process.check()
+            await self.store.lock(self)
             self.begun = True
+            self.process.check()
         await hazards.statement(self)
         reads = sql.startswith(READS)
         if not reads:

@@ -23,7 +23,15 @@ PROCESS = ("scheduler_killed", "scheduler_stopped", "api_killed", "clock_jumped"
 DATABASE = (
     "statement_failed", "database_locked", "connection_dropped", "commit_refused", "commit_unheard", "database_away",
 )  # fmt: skip
-NETWORK = ("answer_lost", "answer_late", "call_repeated", "network_slow", "mlflow_down", "objects_failing")
+NETWORK = (
+    "answer_lost",
+    "answer_late",
+    "call_repeated",
+    "network_slow",
+    "mlflow_down",
+    "objects_failing",
+    "receiver_failing",
+)
 KINDS = CLUSTER + PROCESS + DATABASE + NETWORK
 WEIGHTS = {"out_of_memory": 0.4, "scheduler_killed": 3.0, "commit_unheard": 3.0, "scheduler_stopped": 2.0}
 ARMED_POINTS = 40
@@ -159,6 +167,7 @@ class Hazards:
             host = world.hosts[int(fault.choice * len(world.hosts))]
             jump_s = (fault.choice * 16 % 1 - 0.5) * 2 * (3600.0 if fault.after % 2 else 30.0)
             host.wall_offset_s += jump_s
+            world.set_back = world.set_back or jump_s < 0
             if host.process:
                 host.process.wall_offset_s += jump_s
             self._strike(kind, f"{host.name} {jump_s:+.0f} s")
@@ -192,6 +201,8 @@ class Hazards:
                 self.slow = on
             case "mlflow_down":
                 world.tracking.down = on
+            case "receiver_failing":
+                world.receiver_failing = on
             case "objects_failing":
                 world.objects.failing = on
         self.world.note(kind, on=on)

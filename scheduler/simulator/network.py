@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
+from scheduler.carrier import Mail, Post, Undelivered
 from scheduler.executor import AttemptGone, AttemptSpec, Batch, Look, RankTimes, StaleEpoch, Unreachable
 from scheduler.simulator.clock import Process
 from scheduler.simulator.tracking import FakeTracking
@@ -116,6 +117,29 @@ class TrackingClient:
         if world.hazards.fate("tracking") == "answer_lost":
             raise TrackingDown("no answer")
         return answer
+
+
+class Messenger:
+    """The way out of the house as one process has it: letters to the one webhook that there is."""
+
+    mails = False
+
+    def __init__(self, process: Process) -> None:
+        self._process, self._world = process, process.world
+
+    async def post(self, letter: Post) -> None:
+        world = self._world
+        await world.hazards.call(self._process)
+        await asyncio.sleep(world.hazards.latency_s())
+        self._process.check()
+        if world.receiver_failing:
+            raise Undelivered("It answered HTTP 500")
+        world.received[letter.id] += 1
+        if world.hazards.fate("post") == "answer_lost":
+            raise Undelivered("No answer")
+
+    async def mail(self, letter: Mail) -> None:
+        raise Undelivered("No mail", final=True)
 
 
 class Objects:

@@ -189,6 +189,8 @@ class Oracle:
             run = self.world.tracking.of_job(job_id).status
             if run != MIRRORED.get(status, "SCHEDULED"):
                 found.append(f"MLflow's run of {job_id} is {run}, the job {status}")
+        late = self.rows("SELECT id FROM outbox WHERE delivered_at IS NULL AND failed_at IS NULL")
+        found += [f"letter {row_id} is not delivered" for (row_id,) in late if not self.world.set_back]
         return found
 
     def final(self) -> None:
@@ -204,6 +206,7 @@ class Oracle:
             if status not in TERMINAL:
                 self.fail("an accepted cancel ends the job", f"{job_id} is {status}")
         self._check_notices()
+        self._check_letters()
         self._check_checkpoints()
         self.books.final()
         self.check()
@@ -223,6 +226,31 @@ class Oracle:
             due = {"COMPLETED": ["JOB_COMPLETE"], "FAILED": ["JOB_FAILED"]}.get(status, [])
             if told != due:
                 self.fail("one notification of each end", f"{job_id} {status}: {told}")
+
+        for status, told in self.rows(
+            "SELECT v.status, (SELECT count(*) FROM notifications n WHERE n.dedupe_key LIKE '%' || v.id || '%')"
+            " FROM verdicts v WHERE v.attempt > 0"
+        ):
+            if told != (status in TERMINAL):
+                self.fail("one notification of each end", f"a verdict {status}: {told}")
+
+    def _check_letters(self) -> None:
+        """Each end of a job is enqueued once; what is noted as delivered was, and nothing else went out."""
+        for job_id, status, count in self.rows(
+            "SELECT j.id, lower(j.status), count(o.id) FROM training_jobs j LEFT JOIN outbox o"
+            " ON json_extract(o.payload, '$.data.jobId') = j.id AND json_extract(o.payload, '$.type') ="
+            " 'job.' || lower(j.status) WHERE j.team_id = 'team-1' AND j.status IN ('COMPLETED', 'FAILED', 'CANCELLED')"
+            " GROUP BY 1, 2"
+        ):
+            if count != 1:
+                self.fail("one letter of each end", f"{job_id} {status}: {count}")
+        rows = dict(self.rows("SELECT id, delivered_at FROM outbox"))
+        for row_id, delivered_at in rows.items():
+            if delivered_at is not None and not self.world.received[row_id]:
+                self.fail("delivered is delivered", row_id)
+        invented = [row_id for row_id in self.world.received if row_id not in rows]
+        if invented or self.rows("SELECT 1 FROM outbox WHERE failed_at IS NOT NULL"):
+            self.fail("letters are of what was committed, and are not given up", str(invented))
 
     def _check_checkpoints(self) -> None:
         """What is offered for the next attempt is there."""

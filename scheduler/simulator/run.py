@@ -17,30 +17,33 @@ import uuid6
 
 import scheduler.accrual
 import scheduler.collect
+import scheduler.deliver
 import scheduler.finish
 import scheduler.lease
+import scheduler.loop
 import scheduler.mirror
-from control_plane.tables import Dataset, Membership, Team, User, Verdict, base
-from control_plane.tables.accounts import TeamRole
-from control_plane.tables.work import DatasetStatus
+from control_plane.tables import base
 from scheduler.simulator import faults
 from scheduler.simulator.clock import PROCESS, Clock, Process, Stuck, VirtualLoop
 from scheduler.simulator.database import empty_database
+from scheduler.simulator.inhabitants import TEAMS, move_in, vary
 from scheduler.simulator.oracle import Violated
-from scheduler.simulator.users import MODEL, Customer
-from scheduler.simulator.world import MIDNIGHT, TEAMS, Errors, World, catalog
+from scheduler.simulator.users import Customer
+from scheduler.simulator.world import MIDNIGHT, Errors, World
 
 FAULTS_S = 80.0
 """From then on nothing goes wrong any more."""
 PATIENCE_S = 420.0
 """How long everything may take to come to rest after that."""
 LOOK_S = 4.0
-STATISTICS = {"conversations": 100, "tokens": 20_000, "learnedTokens": 9_000, "validationConversations": 10}
 PACE = (
     (scheduler.collect, "POLL_S", 3.0),
-    (scheduler.mirror, "PAUSE_S", 5.0),
+    (scheduler.mirror, "PAUSE_S", 6.0),
     (scheduler.mirror, "LONGEST_PAUSE_S", 10.0),
+    (scheduler.loop, "BUDGET_S", 8.0),
     (scheduler.accrual, "CATCH_UP", timedelta(days=2)),
+    (scheduler.deliver, "PAUSE_S", 4.0),
+    (scheduler.deliver, "RETRY_PAUSES_S", (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
     (scheduler.finish, "RETRY_PAUSES_S", (1.0, 3.0, 6.0)),
 )
 """Coarser than in real life: fewer steps tell as much."""
@@ -83,7 +86,7 @@ async def _live(world: World) -> None:
     until_s = rng.uniform(30.0, FAULTS_S)
     customers = [Customer(world, number) for number in range(1, 1 + rng.randint(1, TEAMS))]
     try:
-        await _budgets(world, customers)
+        vary(world)
         world.start()
         lives = [
             world.background(customer.live(rng.randint(1, 2), rng.choice((0, 1, 2, 4)), until_s))
@@ -111,14 +114,6 @@ async def _watched(world: World) -> None:
         await life
     finally:
         await world.end()
-
-
-async def _budgets(world: World, customers: list[Customer]) -> None:
-    """Some teams begin with a budget."""
-    rng = world.rng("budgets")
-    for customer in customers:
-        amount = rng.choice((None, None, 3_000, 20_000, 1_000_000))
-        world.store.raw.execute("UPDATE teams SET monthly_budget_microusd = ? WHERE id = ?", (amount, customer.team_id))
 
 
 def _in_virtual_time(world: World, life: Any) -> None:
@@ -166,58 +161,15 @@ def _patched(world: World) -> Iterator[None]:
 
 @cache
 def inhabited_database() -> bytes:
-    """A database with teams, their owners and a dataset each that is ready to be trained on."""
+    """What every world begins with."""
     world = World(0, empty_database())
     world.clock = Clock(MIDNIGHT - timedelta(days=1))
     content: list[bytes] = []
 
     async def fill() -> None:
-        process = Process(world, "setup")
-        await process.spawn(_fill(world))
+        await Process(world, "setup").spawn(move_in(world))
         content.append(world.store.raw.serialize())
         await world.end()
 
     _in_virtual_time(world, fill())
     return content[0]
-
-
-async def _fill(world: World) -> None:
-    from control_plane.services import prices
-
-    async with world.database.write() as session:
-        await prices.ensure_first(session, catalog())
-        for number in range(1, TEAMS + 1):
-            person = User(id=f"user-{number}", email=f"{number}@example.com", password_hash="x", name="Ada")
-            team = Team(id=f"team-{number}", name="Ada's team")
-            session.add_all([person, team])
-            await session.flush()
-            session.add(Membership(team_id=team.id, user_id=person.id, role=TeamRole.OWNER))
-            team.personal_of = person.id
-            model = world.catalog.base_models[MODEL]
-            dataset = Dataset(
-                id=f"dataset-{number}",
-                team_id=team.id,
-                created_by=person.id,
-                name="conversations",
-                status=DatasetStatus.READY,
-                base_model=MODEL,
-                storage_key=f"datasets/{number}",
-                file_name="conversations.jsonl",
-                file_size=2**30,
-                uploaded_at=MIDNIGHT - timedelta(days=1),
-                training_ready=True,
-            )
-            session.add(dataset)
-            await session.flush()
-            session.add(
-                Verdict(
-                    team_id=team.id,
-                    dataset_id=dataset.id,
-                    base_model=MODEL,
-                    revision=model.revision,
-                    max_seq_length=512,
-                    status="COMPLETED",
-                    passed=True,
-                    statistics=STATISTICS,
-                )
-            )

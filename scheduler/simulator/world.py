@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import copy_context
@@ -23,11 +24,10 @@ from scheduler.simulator.clock import PROCESS, Clock, Process
 from scheduler.simulator.cluster import Cluster
 from scheduler.simulator.database import SimulatedDatabase, Store
 from scheduler.simulator.faults import Hazards
-from scheduler.simulator.network import ClusterClient, ObjectClient, Objects, TrackingClient
+from scheduler.simulator.network import ClusterClient, Messenger, ObjectClient, Objects, TrackingClient
 from scheduler.simulator.oracle import Oracle, Violated
 from scheduler.simulator.tracking import FakeTracking
 
-TEAMS = 2
 MIDNIGHT = datetime(2027, 3, 1, tzinfo=UTC)
 """Some worlds begin shortly before this new month, the others a few hours after."""
 PERSISTENT_S = 5.0
@@ -69,7 +69,11 @@ class World:
         self.tracking = FakeTracking()
         self.oracle = Oracle(self)
         self.cluster = Cluster(self, {"slot_cpu": float(self.slots), "slot_io": 1.0})
-        self.report: dict[str, Any] = {}
+        self.received: Counter[str] = Counter()
+        """Letters that the webhook's receiver has taken, by id."""
+        self.receiver_failing = False
+        self.set_back = False
+        """Whether a process's wall clock was set back."""
         skew_s = rng.choice((0.0, 0.0, 3.0, -700.0))
         self.api = Host(self, "api", 0.0)
         self.schedulers = [SchedulerHost(self, "A", 0.0)]
@@ -116,6 +120,7 @@ class World:
 
     def committed(self, process: Process, changed: bool) -> None:
         if changed:
+            self.note("commit", process=process.name)
             self.oracle.committed(process)
 
     def is_gone(self, holder: str) -> bool:
@@ -186,6 +191,7 @@ class SchedulerHost(Host):
             TrackingClient(process),
             ObjectClient(process),
             lease=lease,
+            carrier=Messenger(process),
         )
         world.oracle.leases[process.name] = lease
         try:
@@ -210,7 +216,7 @@ class Errors(logging.Handler):
 
 @cache
 def settings(allowance_s: int = 1800) -> Settings:
-    return Settings(tick_s=2.0, lease_timeout_s=15.0, allowance_s=allowance_s)
+    return Settings(tick_s=3.0, lease_timeout_s=20.0, allowance_s=allowance_s)
 
 
 @cache
