@@ -14,8 +14,8 @@ from benchmarks.chaos.installation import Installation
 from tests.e2e.house import TINY, held_ms_by_ray
 
 T = TypeVar("T")
-STEPS = 320
-CHECKPOINT_STEPS = 10
+STEPS = 640
+CHECKPOINT_STEPS = 16
 RECIPE = {
     "baseModel": TINY,
     "presetId": "balanced",
@@ -29,7 +29,7 @@ RECIPE = {
         "learningRate": 0.001,
     },
 }
-LAST_STEPS = 30
+LAST_STEPS = 48
 """So near its end a job is not hit any more."""
 PATIENCE_S = 600.0
 TOLERANCE_MS = 250

@@ -95,14 +95,17 @@ def _is_gone(name: str) -> bool:
 
 
 def _sweep_nodes(name: str, work_root: str, gang: list[gcs.Actor]) -> bool:
-    """Remove the attempt's folders from the nodes where its ranks were, or from all if that is not known."""
+    """Remove the attempt's folders from the nodes where its ranks were; from all if one of these is not known or gone,
+    since it may be back by another id."""
     live = set(gcs.live_nodes())
-    nodes = {rank.node_id for rank in gang if rank.node_id} or live
+    nodes = {rank.node_id for rank in gang if rank.node_id}
+    if not nodes or not nodes <= live:
+        nodes = live
     calls = [
         ray.remote(sweep)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote(work_root, name.replace("/", "-") + "-", [rank.pid for rank in gang if rank.node_id == node])
-        for node in nodes & live
+        for node in nodes
     ]
     try:
         return all(ray.get(calls, timeout=RELEASE_S))
