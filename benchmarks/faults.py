@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
     sandbox.interruptible()
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(10**6)
     report.heading(f"Faults: {given.kills} kills, seed {seed}")
+    if not sandbox.is_inside():
+        print("This machine does not allow namespaces and mounts: no node is killed, no disk filled.\n")
     plan = drawn(given.kills, seed, given.flavour or list(FLAVOURS), first=given.first)
     if given.only:
         plan = {flavour: [_named(name) for name in given.only] for flavour in plan}

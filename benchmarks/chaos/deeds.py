@@ -69,18 +69,6 @@ OTHERS = (
 )
 
 
-def possible(installation: Installation, fault: Fault) -> bool:
-    """Whether this installation has what the fault is about."""
-    match fault.part:
-        case "node":
-            return installation.node is not None
-        case "disk":
-            return installation.has_own_disk
-        case "store":
-            return installation.store is not None
-    return True
-
-
 @contextmanager
 def done(installation: Installation, fault: Fault, silences: Silences) -> Iterator[None]:
     """Within it, the deed is done. Raises NotDone, LookupError (nobody to do it to)."""

@@ -22,6 +22,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command has found; its lines stand in the output of a test that fails."""
     file = tmp_path_factory.mktemp("faults") / "faults.json"
     command = [sys.executable, "-m", "benchmarks.faults", f"--kills={KILLS}", f"--seed={SEED}", f"--json={file}"]
+    command += ["--flavour=production"]  # has all that can be killed
     process = subprocess.Popen(command, cwd=REPO)
     try:
         with warden(f"kill -TERM {process.pid}"):
