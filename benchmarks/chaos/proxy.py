@@ -93,8 +93,8 @@ class Proxy:
             finally:
                 self._open.discard(back)
                 back.close()
-        except OSError:
-            pass
+        except (OSError, asyncio.CancelledError):
+            pass  # cut, or closed with all the rest
         finally:
             self._open.discard(writer)
             writer.close()
