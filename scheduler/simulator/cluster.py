@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from control_plane.states import Outcome, StopReason
 from scheduler.executor import Liveness, Look, RankTimes, ResumePoint, Unreachable
-from scheduler.simulator.executor import FakeAttempt, FakeExecutor
+from scheduler.simulator.executor import FakeAttempt, FakeExecutor, needs
 from scheduler.simulator.inhabitants import REPORT
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Training:
     @classmethod
     def draw(cls, rng: random.Random) -> Training:
         return cls(
-            steps=rng.randint(4, 14),
+            steps=rng.randint(4, 11),
             step_s=rng.choice((1.0, 1.7, 2.5, 3.3)),
             load_s=rng.choice((1.0, 3.0, 6.0)),
             save_s=rng.choice((0.2, 0.7, 1.3)),
@@ -150,11 +150,29 @@ class Cluster(FakeExecutor):
         return self._trainings[work_id]
 
     def new_cluster(self) -> None:
-        """The head is started anew, its old family ended before."""
-        for attempt in list(self.attempts.values()):
-            self._vacate(attempt)
-            self.facts[attempt.spec.name].ends_hidden = True
+        """The head is started anew. In an embedded installation its old family was ended before; elsewhere nodes, and
+        what runs there, go on for a while, known to nobody, and their slots come to the new cluster after that."""
+        old = [attempt for attempt in self.attempts.values() if attempt.meters]
         super().new_cluster()
+        for name in self.world.oracle.open_attempts():
+            if name in self.facts:
+                self.facts[name].ends_hidden = True
+        for attempt in old:
+            if self.world.embedded:
+                self._vacate(attempt)
+            else:
+                self.world.background(self._linger(attempt))
+
+    async def _linger(self, attempt: FakeAttempt) -> None:
+        self.children[attempt.spec.name].freeze()
+        needed = needs(attempt.spec)
+        for resource, count in needed.items():
+            self.total[resource] -= count
+        await asyncio.sleep(self._rng.uniform(0.0, self.world.settings.node_timeout_s - 1.0))
+        self._vacate(attempt)
+        for resource, count in needed.items():
+            self.total[resource] += count
+        self.place()
 
     def new_fact(self, attempt: FakeAttempt) -> Fact:
         spec = attempt.spec
@@ -175,8 +193,8 @@ class Cluster(FakeExecutor):
         super()._occupy(attempt)
         fact = self.facts.get(attempt.spec.name) or self.new_fact(attempt)
         begin_ms = round(self.clock() * 1000)
-        fact.stays += [Stay(rank, begin_ms) for rank in range(fact.ranks)]
         self.world.oracle.occupied(fact)
+        fact.stays += [Stay(rank, begin_ms) for rank in range(fact.ranks)]
 
     def _vacate(self, attempt: FakeAttempt) -> None:
         super()._vacate(attempt)

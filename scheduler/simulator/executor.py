@@ -110,7 +110,7 @@ class FakeExecutor:
         self._arrive()
         if spec.name not in self.attempts:
             self.attempts[spec.name] = FakeAttempt(spec, self.clock, spec.epoch, spec.allowance_ms)
-            self._place()
+            self.place()
         self._leave("start")
 
     async def poll(self, name: str, cursor: int, *, epoch: int, allowance_ms: int | None) -> Batch:
@@ -165,14 +165,14 @@ class FakeExecutor:
         asked = attempt.stop_reason if outcome in (Outcome.STOPPED, Outcome.FAULT) else None
         attempt.ending = Ending(outcome, code, message, stack, asked, attempt.times)
         attempt.state = "ended"
-        self._place()
+        self.place()
 
     def lose(self, name: str) -> None:
         """The supervisor dies, and its gang with it."""
         attempt = self.attempts[name]
         self._vacate(attempt)
         attempt.alive = False
-        self._place()
+        self.place()
 
     def new_cluster(self) -> None:
         """Ray has been started anew: nothing of before is known."""
@@ -182,7 +182,7 @@ class FakeExecutor:
     def free(self) -> dict[str, float]:
         free = dict(self.total)
         for attempt in self.attempts.values():
-            for resource, count in _needs(attempt.spec).items() if attempt.meters else ():
+            for resource, count in needs(attempt.spec).items() if attempt.meters else ():
                 free[resource] -= count
         return free
 
@@ -217,15 +217,15 @@ class FakeExecutor:
         else:
             self.end(attempt.spec.name, Outcome.STOPPED)
 
-    def _place(self) -> None:
+    def place(self) -> None:
         """Give what is free to those who wait, in order; tell the others why they wait."""
         waiting = [a for a in self.attempts.values() if a.alive and a.state == "pending"]
         for attempt in waiting:
-            free, needs = self.free(), _needs(attempt.spec)
-            if all(free.get(resource, 0) >= count for resource, count in needs.items()):
+            free, wanted = self.free(), needs(attempt.spec)
+            if all(free.get(resource, 0) >= count for resource, count in wanted.items()):
                 self._run(attempt)
                 continue
-            possible = all(self.total.get(resource, 0) >= count for resource, count in needs.items())
+            possible = all(self.total.get(resource, 0) >= count for resource, count in wanted.items())
             event = {"type": "pending", "reason": "NO_RESOURCES" if possible else "INFEASIBLE"}
             if not attempt.events:
                 attempt.emit(event)
@@ -265,6 +265,7 @@ class FakeExecutor:
         attempt.let_go()
 
 
-def _needs(spec: AttemptSpec) -> dict[str, float]:
+def needs(spec: AttemptSpec) -> dict[str, float]:
+    """What all its ranks take, by resource."""
     one = {**spec.demand.resources, **({"GPU": spec.demand.num_gpus} if spec.demand.num_gpus else {})}
     return {resource: count * spec.demand.ranks for resource, count in one.items()}

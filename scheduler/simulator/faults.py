@@ -33,7 +33,12 @@ NETWORK = (
     "receiver_failing",
 )
 KINDS = CLUSTER + PROCESS + DATABASE + NETWORK
-WEIGHTS = {"out_of_memory": 0.4, "scheduler_killed": 3.0, "commit_unheard": 3.0, "scheduler_stopped": 2.0}
+WEIGHTS = {
+    "out_of_memory": 0.4, "scheduler_killed": 3.0, "scheduler_stopped": 2.0, "api_killed": 2.0, "commit_unheard": 3.0,
+    "commit_refused": 2.0, "checkpoint_torn": 2.0,
+}  # fmt: skip
+RARE = ("api_killed", "commit_refused", "commit_unheard")
+"""Their targets come by few points at which they could strike."""
 ARMED_POINTS = 40
 """A fault of a process strikes at one of so many of its next awaits."""
 
@@ -158,11 +163,13 @@ class Hazards:
     async def _let_happen(self, fault: Fault) -> None:
         kind, world = fault.kind, self.world
         if kind in POINTS:
-            self._armed.append(Armed(fault, self._target(fault), fault.after))
+            after = 1 + fault.after // 8 if kind in RARE else fault.after
+            self._armed.append(Armed(fault, self._target(fault), after))
         elif kind in ("answer_lost", "answer_late", "call_repeated"):
             self._fates += [kind] * (1 + fault.after // 15)
         elif kind == "checkpoint_torn":
             self._tears += 1 + fault.after // 20
+            await world.cluster.strike("rank_died", random.Random(fault.choice))
         elif kind == "clock_jumped":
             host = world.hosts[int(fault.choice * len(world.hosts))]
             jump_s = (fault.choice * 16 % 1 - 0.5) * 2 * (3600.0 if fault.after % 2 else 30.0)

@@ -37,12 +37,12 @@ PATIENCE_S = 420.0
 """How long everything may take to come to rest after that."""
 LOOK_S = 4.0
 PACE = (
-    (scheduler.collect, "POLL_S", 3.0),
-    (scheduler.mirror, "PAUSE_S", 6.0),
+    (scheduler.collect, "POLL_S", 4.0),
+    (scheduler.mirror, "PAUSE_S", 8.0),
     (scheduler.mirror, "LONGEST_PAUSE_S", 10.0),
-    (scheduler.loop, "BUDGET_S", 8.0),
-    (scheduler.accrual, "CATCH_UP", timedelta(days=2)),
-    (scheduler.deliver, "PAUSE_S", 4.0),
+    (scheduler.loop, "BUDGET_S", 10.0),
+    (scheduler.accrual, "CATCH_UP", timedelta(days=1)),
+    (scheduler.deliver, "PAUSE_S", 6.0),
     (scheduler.deliver, "RETRY_PAUSES_S", (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
     (scheduler.finish, "RETRY_PAUSES_S", (1.0, 3.0, 6.0)),
 )

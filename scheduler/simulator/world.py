@@ -57,7 +57,9 @@ class World:
         self._background: dict[asyncio.Task[Any], None] = {}
         self._prices = 1
         self._ids = 0
-        self.settings = settings(allowance_s=rng.choice((25, 60, 1800)))
+        self.embedded = rng.random() < 0.5
+        """Whoever starts the cluster's head anew ends what is left of the old one; else its nodes may outlive it."""
+        self.settings = settings(allowance_s=rng.choice((25, 60, 1800)), node_timeout_s=0.0 if self.embedded else 20.0)
         self.catalog = catalog(tflops=rng.choice((0.5, 2.0, 1000.0, 1000.0)))
         self.slots = rng.randint(1, 4)
         self.one_machine = rng.random() < 0.5
@@ -72,9 +74,9 @@ class World:
         self.received: Counter[str] = Counter()
         """Letters that the webhook's receiver has taken, by id."""
         self.receiver_failing = False
-        self.set_back = False
-        """Whether a process's wall clock was set back."""
         skew_s = rng.choice((0.0, 0.0, 3.0, -700.0))
+        self.set_back = skew_s < 0
+        """Whether some process's wall clock is behind what another one's, or its own, has shown."""
         self.api = Host(self, "api", 0.0)
         self.schedulers = [SchedulerHost(self, "A", 0.0)]
         if rng.random() < 0.8:
@@ -215,8 +217,8 @@ class Errors(logging.Handler):
 
 
 @cache
-def settings(allowance_s: int = 1800) -> Settings:
-    return Settings(tick_s=3.0, lease_timeout_s=20.0, allowance_s=allowance_s)
+def settings(allowance_s: int = 1800, node_timeout_s: float = 0.0) -> Settings:
+    return Settings(tick_s=4.0, lease_timeout_s=25.0, allowance_s=allowance_s, node_timeout_s=node_timeout_s)
 
 
 @cache
