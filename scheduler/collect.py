@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
@@ -35,6 +36,8 @@ ANSWER_S = 15.0
 SILENT_POLLS = 5
 """Fewer polls in vain are not yet a silence."""
 FULL_BATCH = 500
+AT_ONCE = 8
+"""Attempts whose rows are read or written at once: thousands stand in line, instead of running out of connections."""
 MAX_FAILURES = 6
 """Tries to store a batch that the database, although there, does not take; then the attempt is given up."""
 LONGEST_PAUSE_S = 15.0
@@ -80,6 +83,7 @@ class Collector:
         self._ended = ended
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._silences: dict[str, _Silence] = {}
+        self._line = asyncio.Semaphore(AT_ONCE)
 
     def follow(self, attempt_id: str, name: str, group: asyncio.TaskGroup) -> None:
         """Collect from an attempt until it has ended, in a task of ``group``; harmless when that is going on."""
@@ -153,7 +157,7 @@ class Collector:
         return await self._executor.poll(name, place.cursor, epoch=self._lease.epoch, allowance_ms=place.allowance_ms)
 
     async def _begin(self, attempt_id: str) -> _Place:
-        async with self._database.read() as session:
+        async with self._line, self._database.read() as session:
             attempt = await session.get_one(Attempt, attempt_id)
             work = await get_work(session, attempt.work_kind, attempt.work_id)
             allowance_ms = None
@@ -171,7 +175,7 @@ class Collector:
             ending.times = await self._times(name, ending.times)
         cursor = batch.events[-1].number if batch.events else place.cursor
         heard = parse(batch.events)
-        async with self._lease.write() as session:
+        async with self._line, self._lease.write() as session:
             claimed = await claim(session, attempt_id, cursor=place.cursor, to=cursor)
             if claimed is None:
                 return None
@@ -208,7 +212,7 @@ class Collector:
 
 
 def _database_is_away(error: Exception) -> bool:
-    return isinstance(error, OSError | OperationalError | InterfaceError) or (
+    return isinstance(error, OSError | OperationalError | InterfaceError | PoolTimeout) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -23,6 +24,8 @@ from scheduler.pause import pause
 log = logging.getLogger(__name__)
 BEATS_PER_TIMEOUT = 5
 START_TOLERANCE_S = 2.0
+WRITERS = 8
+"""Transactions of this process at once; on SQLite one, as it would have them wait without any order."""
 
 
 class LeaseLost(Exception):
@@ -45,6 +48,9 @@ class Lease:
         self._timeout_s = timeout_s
         self.holder = holder or this_process()
         self.epoch = 0
+        sqlite = database.engine.dialect.name == "sqlite"
+        self._line = asyncio.Semaphore(1 if sqlite else WRITERS)
+        self._next = asyncio.Semaphore(1) if sqlite else contextlib.nullcontext()
         self._sight: _Sight | None = None
 
     async def acquire(self) -> int:
@@ -85,7 +91,7 @@ class Lease:
 
     async def beat(self) -> None:
         """Say that we are there. Raises LeaseLost."""
-        async with self._database.write() as session:
+        async with self._next, self._database.write() as session:
             changed = await session.execute(
                 update(SchedulerLease)
                 .where(SchedulerLease.id == 1, SchedulerLease.epoch == self.epoch)
@@ -110,9 +116,10 @@ class Lease:
         """A transaction that only the holder can commit. Raises LeaseLost before anything is read or written.
 
         The row is locked in the mode that the beat (which leaves its key alone) does not wait for, but ``try_acquire``
-        does; on SQLite the transaction holds the whole database.
+        does; on SQLite the transaction holds the whole database. Many who want to write stand in line; the beat comes
+        next, whoever else waits.
         """
-        async with self._database.write() as session:
+        async with self._line, self._next, self._database.write() as session:
             epoch = await session.scalar(
                 select(SchedulerLease.epoch).where(SchedulerLease.id == 1).with_for_update(read=True, key_share=True)
             )

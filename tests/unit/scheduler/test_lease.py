@@ -12,7 +12,7 @@ from sqlalchemy import update
 
 from control_plane.db import Database
 from control_plane.tables import SchedulerLease, Team
-from scheduler.lease import Lease, LeaseLost, is_gone, this_process
+from scheduler.lease import WRITERS, Lease, LeaseLost, is_gone, this_process
 
 ELSEWHERE = "another-host:pid:[1]/7/1.00"
 
@@ -148,3 +148,27 @@ async def test_beating_does_not_wait_for_writes_on_postgresql(postgres_database_
     async with database.read() as session:
         assert (await session.get_one(SchedulerLease, 1)).beat == 2
     await database.close()
+
+
+async def test_the_beat_comes_next_whoever_else_waits(database: Database) -> None:
+    lease = Lease(database, 60)
+    await lease.acquire()
+    writing = asyncio.Event()
+    order: list[int | str] = []
+
+    async def write(number: int) -> None:
+        async with lease.write():
+            writing.set()
+            await asyncio.sleep(0.05)
+        order.append(number)
+
+    async def beat() -> None:
+        await writing.wait()
+        await lease.beat()
+        order.append("beat")
+
+    await asyncio.gather(*(write(number) for number in range(12)), beat())
+
+    assert order.index("beat") <= 1 + WRITERS
+    if database.engine.dialect.name == "sqlite":
+        assert order[:3] == [0, "beat", 1]
