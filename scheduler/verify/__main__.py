@@ -26,11 +26,16 @@ class NothingToCheck(Exception):
     """There is no database, or not one of this version."""
 
 
+def require_file(settings: Settings) -> None:
+    """SQLite would make one that is not there. Raises NothingToCheck."""
+    path = make_url(settings.database_url).database
+    if settings.is_sqlite and not Path(path or "").is_file():
+        raise NothingToCheck(f"There is no database at {path}; `brightrun up` makes one.")
+
+
 async def read(settings: Settings) -> Books:
     """Raises NothingToCheck."""
     url = make_url(settings.database_url)
-    if settings.is_sqlite and not Path(url.database or "").is_file():
-        raise NothingToCheck(f"There is no database at {url.database}; `brightrun up` makes one.")
     shown = url.render_as_string(hide_password=True)
     database = Database(settings.database_url)
     options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
@@ -58,7 +63,9 @@ async def read(settings: Settings) -> Books:
 def main(everything: bool) -> None:
     """Check every invariant of the ledger."""
     try:
-        books = asyncio.run(read(Settings.from_env()))
+        settings = Settings.from_env()
+        require_file(settings)
+        books = asyncio.run(read(settings))
     except NothingToCheck as error:
         click.echo(error, err=True)
         sys.exit(2)

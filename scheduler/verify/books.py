@@ -94,6 +94,7 @@ class Record(NamedTuple):
 
 
 class Hold(NamedTuple):
+    updated_at: datetime
     job_id: str
     amount_microusd: int
     state: HoldState
@@ -122,6 +123,7 @@ class Books:
     """Records in the order in which they were made, changes of budgets too."""
 
     at: datetime
+    """Now, or the newest row's time if the clock was set back."""
     teams: dict[str, int | None]
     """Id → monthly budget."""
     changes: dict[str, list[Change]]
@@ -145,9 +147,10 @@ class Books:
             AuditEvent.action == SET_BUDGET
         )
         found = await session.execute(changes.order_by(AuditEvent.created_at, AuditEvent.id))
+        holds = await _rows(session, Hold, BudgetHold)
         teams = await session.execute(select(Team.id, Team.monthly_budget_microusd))
         return cls(
-            at=now(),
+            at=max([now(), *(hold.updated_at for hold in holds), *(record.recorded_at for record in records[-1:])]),
             teams={row.id: row.monthly_budget_microusd for row in teams},
             changes=_grouped((Change(*row) for row in found), "team_id"),
             versions=_by_id(await _rows(session, Version, PriceVersion)),
@@ -158,7 +161,7 @@ class Books:
             usage=_grouped(await _rows(session, Usage, AttemptUsage), "attempt_id"),
             compute=_grouped((record for record in records if record.cost_type is CostType.COMPUTE), "job_id"),
             records=records,
-            holds={hold.job_id: hold for hold in await _rows(session, Hold, BudgetHold)},
+            holds={hold.job_id: hold for hold in holds},
             alerts=await _rows(session, Alert, Notification, Notification.type == NotificationType.COST_ALERT),
         )
 
