@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from sqlalchemy import case, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, case, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
@@ -108,7 +108,7 @@ class Deliverer:
     async def _due(self) -> list[_Due]:
         """The oldest due row of each lane that is free, sound receivers first, as many as there is room for."""
         lane = case((Outbox.channel == Channel.MAIL, Channel.MAIL.value), else_=Outbox.target)
-        due = (Outbox.delivered_at.is_(None), Outbox.not_before <= now())
+        due = (Outbox.delivered_at.is_(None), _is_due())
         oldest = select(func.min(Outbox.id)).where(*due).group_by(lane)
         query = (
             select(Outbox.id, lane, Webhook.failing_since.is_not(None))
@@ -174,11 +174,16 @@ class Deliverer:
         self._purged_at = time.monotonic()
 
 
+def _is_due() -> ColumnElement[bool]:
+    """What was never tried is due whatever the clock says: another machine's, which wrote it, may be ahead."""
+    return or_(Outbox.not_before <= now(), (Outbox.tries == 0) & Outbox.not_before.is_not(None))
+
+
 async def _claim(session: AsyncSession, row_id: str, *, mails: bool) -> Claim | None:
     """Count the try and keep the row from others for a while; None: it is taken, or not to be sent any more."""
     row = await session.scalar(
         update(Outbox)
-        .where(Outbox.id == row_id, Outbox.not_before <= now())
+        .where(Outbox.id == row_id, _is_due())
         .values(tries=Outbox.tries + 1, not_before=now() + CLAIM)
         .returning(Outbox)
         .execution_options(synchronize_session=False)
@@ -231,7 +236,7 @@ def _after(claim: Claim, failure: Undelivered | None) -> dict[str, object]:
     at = now()
     if failure is None:
         return {"delivered_at": at, "not_before": None, "failed_at": None, "last_error": None}
-    given_up = failure.final or failure.gone or claim.only_once or claim.tries > len(RETRY_PAUSES_S)
+    given_up = failure.final or claim.only_once or claim.tries > len(RETRY_PAUSES_S)
     again = {"failed_at": at, "not_before": None} if given_up else {"not_before": at + pause_after(claim)}
     return {**again, "last_error": failure.reason[:500]}
 

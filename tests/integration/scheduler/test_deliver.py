@@ -193,7 +193,7 @@ async def test_what_is_over_for_long_is_purged(office: PostOffice, database: Dat
         {"failed_at": long_ago},
         {"delivered_at": lately},
         {"failed_at": lately},
-        {"not_before": coming, "created_at": long_ago},
+        {"not_before": coming, "tries": 1, "created_at": long_ago},
     ]
     async with database.write() as session:
         for row, end in zip(await session.scalars(select(Outbox).order_by(Outbox.id)), ends, strict=True):
@@ -205,6 +205,16 @@ async def test_what_is_over_for_long_is_purged(office: PostOffice, database: Dat
             await asyncio.sleep(0.02)
     kept = [(row.delivered_at, row.failed_at, row.not_before) for row in await office.rows()]
     assert kept == [(lately, None, None), (None, lately, None), (None, None, coming)]
+
+
+async def test_a_letter_that_was_written_by_a_clock_ahead_goes_at_once(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a")
+    await office.tell("one")
+    async with database.write() as session:
+        (row,) = await session.scalars(select(Outbox))
+        row.not_before = now() + timedelta(hours=1)
+    async with office.delivering():
+        assert (await office.until_row(webhook_id, lambda row: row.delivered_at)).tries == 1
 
 
 async def test_a_job_is_told_of_from_its_start_to_its_end(house: House, receiver: Receiver, clock: Ahead) -> None:
