@@ -97,7 +97,7 @@ ACCESS = (
         "claim of a delivery",
         "a letter is carried by two at once",
         "scheduler/deliver.py",
-        "        .where(Outbox.id == row_id, Outbox.not_before <= now())\n",
+        "        .where(Outbox.id == row_id, _is_due())\n",
         "        .where(Outbox.id == row_id)\n",
         (DELIVER_FAULTS + "test_a_row_is_claimed_by_one_of_several_deliverers[sqlite]",),
     ),

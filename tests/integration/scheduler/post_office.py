@@ -15,7 +15,7 @@ from control_plane.services import outbox, webhooks
 from control_plane.settings import Settings
 from control_plane.tables import Notification, Outbox, Team, Webhook, uuid7
 from control_plane.tables.notices import Event
-from scheduler.carrier import Carrier, Mail, Post
+from scheduler.carrier import Carrier, Mail, Post, Undelivered
 from scheduler.deliver import Deliverer
 from scheduler.lease import Lease
 from scheduler.network import NetworkCarrier
@@ -51,6 +51,23 @@ class Stuck:
         await self._carrier.post(letter)
         self.arrived.set()
         await asyncio.sleep(3600)
+
+    async def mail(self, letter: Mail) -> None:
+        raise AssertionError("no mail here")
+
+
+class Late:
+    """A carrier whose letters come to nothing, but only when they are let go."""
+
+    mails = False
+
+    def __init__(self) -> None:
+        self.began, self.go = asyncio.Event(), asyncio.Event()
+
+    async def post(self, letter: Post) -> None:
+        self.began.set()
+        await self.go.wait()
+        raise Undelivered("late")
 
     async def mail(self, letter: Mail) -> None:
         raise AssertionError("no mail here")

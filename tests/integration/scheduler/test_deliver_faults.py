@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from control_plane.tables.notices import Channel
-from scheduler.carrier import Mail, Post, Undelivered
 from scheduler.deliver import LIMIT_S
 from scheduler.lease import Lease, LeaseLost
-from tests.integration.scheduler.post_office import ELSEWHERE, Ahead, PostOffice, Stuck, kill
+from tests.integration.scheduler.post_office import ELSEWHERE, Ahead, Late, PostOffice, Stuck, kill
 from tests.receiver import HANG
 
 
@@ -107,23 +106,6 @@ async def test_a_row_is_claimed_by_one_of_several_deliverers(office: PostOffice)
         await kill(task)
     assert len(office.receiver.calls) == 24
     assert {row.tries for row in await office.rows()} == {1}
-
-
-class Late:
-    """A carrier whose letters come to nothing, but only when they are let go."""
-
-    mails = False
-
-    def __init__(self) -> None:
-        self.began, self.go = asyncio.Event(), asyncio.Event()
-
-    async def post(self, letter: Post) -> None:
-        self.began.set()
-        await self.go.wait()
-        raise Undelivered("late")
-
-    async def mail(self, letter: Mail) -> None:
-        raise AssertionError("no mail here")
 
 
 async def test_the_note_of_a_claim_that_ran_out_is_discarded(office: PostOffice, clock: Ahead) -> None:

@@ -10,7 +10,7 @@ from control_plane.services import webhooks
 from control_plane.tables import Membership, User, Webhook, uuid7
 from control_plane.tables.accounts import TeamRole
 from control_plane.tables.notices import NotificationPriority, NotificationType
-from tests.integration.scheduler.post_office import Ahead, PostOffice, Stuck
+from tests.integration.scheduler.post_office import Ahead, Late, PostOffice, Stuck
 
 
 async def test_a_receiver_that_comes_back_gets_it(office: PostOffice, clock: Ahead) -> None:
@@ -120,6 +120,32 @@ async def test_disabled_while_a_letter_is_under_way(office: PostOffice, database
         await asyncio.sleep(0.2)
     assert len(office.receiver.calls) == 1
     assert {row.last_error for row in await office.rows()} == {"The webhook was disabled"}
+
+
+async def test_a_failure_after_the_disabling_brings_nothing_back(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a")
+    await office.tell("one")
+    late = Late()
+    async with office.delivering(late):
+        await late.began.wait()
+        async with database.write() as session:
+            webhook = await session.get_one(Webhook, webhook_id, with_for_update=True)
+            await webhooks.disable(session, webhook, "Disabled by an owner")
+        late.go.set()
+        await asyncio.sleep(0.2)
+    row = await office.row(webhook_id)
+    assert (row.not_before, row.last_error) == (None, "The webhook was disabled")
+    assert (await office.the_webhook(webhook_id)).failing_since is None
+
+
+async def test_what_was_enqueued_as_it_was_disabled_is_not_sent(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a")
+    await office.tell("one")
+    async with database.write() as session:
+        (await session.get_one(Webhook, webhook_id)).enabled = False
+    async with office.delivering():
+        row = await office.until_row(webhook_id, lambda row: row.failed_at)
+    assert (office.receiver.calls, row.last_error) == ([], "The webhook was disabled")
 
 
 async def test_deleted_while_its_rows_wait(office: PostOffice, database: Database) -> None:
