@@ -71,6 +71,7 @@ class Rank:
 
     def __init__(self, spec: AttemptSpec, rank: int, child_command: list[str]) -> None:
         self._meter = Meter()
+        self._called = False
         self._spec, self._rank, self._child_command = spec, rank, child_command
         self._folder = Path(spec.work_root) / f"{spec.work_id}-{spec.number}-r{rank}"
         self._node = socket.gethostname()
@@ -94,7 +95,13 @@ class Rank:
     # What the supervisor calls.
 
     async def poll(self, cursor: int) -> Report:
-        """Events after ``cursor``; those up to it are forgotten."""
+        """Events after ``cursor``; those up to it are forgotten.
+
+        Time counts from the first call on: by then the actor stands in Ray's table, so never more is reported than
+        Ray's own times say was held.
+        """
+        if not self._called:
+            self._called, self._meter = True, Meter()
         self._events = [event for event in self._events if event[0] > cursor]
         if len(self._events) < UNREAD_EVENTS:
             self._room.set()

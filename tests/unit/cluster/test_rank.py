@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -126,3 +127,20 @@ async def test_signs_of_work_are_counted_not_kept(tmp_path: Path, monkeypatch: p
         report = await bench.until_state("ended")
     assert report.beats == 3
     assert [event["type"] for event in bench.events] == ["finished"]
+
+
+async def test_time_counts_only_from_the_supervisors_first_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slow, "hangs", "")
+    url = (tmp_path / "objects").as_uri()
+    rank = Rank(await make_spec(Storage(url), url, str(tmp_path / "work"), [{"do": "finish"}]), 0, list(CHILD))
+    try:
+        await asyncio.sleep(0.2)  # Ray has made it, but does not know so yet
+        called = time.monotonic()
+        usages = [sum((await rank.poll(0)).usage.values()) for _ in range(3)]
+        assert usages == sorted(usages)
+        assert usages[-1] <= (time.monotonic() - called) * 1000
+    finally:
+        rank._task.cancel()
+        await asyncio.wait({rank._task})
