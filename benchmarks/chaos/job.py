@@ -14,7 +14,7 @@ from benchmarks.chaos.installation import Installation
 from tests.e2e.house import TINY, held_ms_by_ray
 
 T = TypeVar("T")
-STEPS = 640
+STEPS = 480
 CHECKPOINT_STEPS = 16
 RECIPE = {
     "baseModel": TINY,
