@@ -296,7 +296,8 @@ class Scheduler:
             action.close()
             return
         self._busy.add(key)
-        self._group.create_task(self._guarded(key, action), name=key)
+        task = self._group.create_task(self._guarded(key, action), name=key)
+        task.add_done_callback(lambda _: action.close())  # a task that ends before it began has not awaited it
 
     async def _guarded(self, key: str, action: Coroutine[Any, Any, None]) -> None:
         try:
