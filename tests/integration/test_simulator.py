@@ -1,0 +1,91 @@
+"""The whole platform in a simulated world, over many seeds (``python -m scheduler.simulator`` runs more)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from scheduler import finish, ledger
+from scheduler.lease import Lease
+from scheduler.simulator.__main__ import main
+from scheduler.simulator.faults import KINDS
+from scheduler.simulator.sweep import run
+
+SEEDS = 2000
+REPLAYED = (3, 21, 58)
+
+
+def test_no_seed_violates_a_rule_and_the_seeds_reach_everything() -> None:
+    summary = run(range(1, SEEDS + 1), os.cpu_count() or 1)
+
+    assert {result.seed: result.violation for result in summary.violations} == {}
+    assert summary.seeds == SEEDS
+    assert [kind for kind in KINDS if summary.faults[kind] < SEEDS // 100] == []
+    assert {status: summary.jobs[status] for status in ("COMPLETED", "FAILED", "CANCELLED", "PAUSED")}.keys() == {
+        status for status in summary.jobs if status != "QUEUED"
+    }
+    assert summary.transactions > 50 * SEEDS
+
+
+def test_a_seed_is_the_same_world_in_every_process() -> None:
+    def replay(hash_seed: str) -> list[str]:
+        return [
+            subprocess.run(
+                [sys.executable, "-m", "scheduler.simulator", "--seed", str(seed)],
+                env=os.environ | {"PYTHONHASHSEED": hash_seed},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for seed in REPLAYED
+        ]
+
+    first = replay("1")
+    assert all(len(trace.splitlines()) > 5 for trace in first)
+    assert replay("2") == first
+
+
+def _no_check(self: Lease, *_: Any) -> Any:
+    return self._database.write()
+
+
+async def _absorb_nothing(*_: Any, **__: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "instead", "rule"),
+    [
+        (Lease, "write", _no_check, "who lost the lease writes no more"),
+        (ledger, "_absorb_beyond", lambda *_: None, "what was lost is not billed"),
+        (ledger, "_absorb_tails", lambda *_: None, "billed + absorbed = held"),
+        (finish, "notify", _absorb_nothing, "one notification of each end"),
+    ],
+)
+def test_a_broken_platform_is_found_out(
+    where: Any, what: str, instead: Any, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, what, instead)
+    found = []
+    for first in range(1, 400, 20):
+        found += run(range(first, first + 20), 1).violations
+        if found:
+            break
+    assert any((result.violation or "").startswith(rule) for result in found), [r.violation for r in found]
+
+
+def test_a_violation_names_its_seed_and_how_to_see_it_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finish, "notify", _absorb_nothing)
+
+    assert main(["--seeds", "20", "--jobs", "1"]) == 1
+
+    said = capsys.readouterr().out
+    assert "one notification of each end" in said
+    (seed, *_) = [line.split()[1] for line in said.splitlines() if line.startswith("seed ")]
+    assert f"-m scheduler.simulator --seed {seed}" in said
+    assert main(["--seed", seed]) == 1
