@@ -189,7 +189,7 @@ class Campaign:
         if fault.part in ("scheduler", "standby"):
             self._until(lambda: self._found("scheduler", "standby"), "two schedulers are there")
         if fault.part == "mlflow":
-            self._until(lambda: leaks.mlflow_answers(self._installation), "MLflow answers")
+            self._until(lambda: self._found("mlflow") and leaks.mlflow_answers(self._installation), "MLflow answers")
         if fault.part == "database":
             self._probe.first_good_after(time.monotonic())
 
