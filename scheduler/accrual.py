@@ -162,8 +162,8 @@ async def _stored_on(session: AsyncSession, day: date) -> AsyncIterator[Stored]:
     models = select(
         ModelArtifact.team_id, ModelArtifact.artifacts, ModelArtifact.created_at, ModelArtifact.deleted_at
     ).where(ModelArtifact.created_at < end, _kept_until(ModelArtifact.deleted_at, start - KEPT))
-    for team_id, size, since, deleted_at in await session.execute(datasets):
-        yield Stored(team_id, "datasets", size, since, deleted_at and deleted_at + KEPT)
+    for team_id, size, uploaded_at, deleted_at in await session.execute(datasets):
+        yield Stored(team_id, "datasets", size, uploaded_at or end, deleted_at and deleted_at + KEPT)
     for team_id, size, since, deleted_at in await session.execute(checkpoints):
         yield Stored(team_id, "checkpoints", size, since, deleted_at)
     for team_id, artifacts, since, deleted_at in await session.execute(models):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, case, func, select
+from sqlalchemy import Row, Select, case, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import ValidationFailed
@@ -114,7 +114,7 @@ async def _sums(
     session: AsyncSession, team_id: str, month: Month, keys: tuple[Any, ...], *more: Any
 ) -> Sequence[Row[Any]]:
     """``SUMS`` (and ``more``) of the month's records for each combination of ``keys``."""
-    query = select(*keys, *more, *SUMS).where(
+    query: Select[Any] = select(*keys, *more, *SUMS).where(
         CostRecord.team_id == team_id, CostRecord.billing_period >= month.first, CostRecord.billing_period < month.end
     )
     return (await session.execute(query.group_by(*keys).order_by(*keys))).all()

@@ -11,7 +11,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 import click
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import SQLAlchemyError
