@@ -34,7 +34,7 @@ NETWORK = (
 )
 KINDS = CLUSTER + PROCESS + DATABASE + NETWORK
 WEIGHTS = {
-    "out_of_memory": 0.4, "scheduler_killed": 3.0, "scheduler_stopped": 2.0, "api_killed": 2.0, "commit_unheard": 3.0,
+    "out_of_memory": 0.4, "scheduler_killed": 3.0, "scheduler_stopped": 3.0, "api_killed": 2.0, "commit_unheard": 3.0,
     "commit_refused": 2.0, "checkpoint_torn": 2.0,
 }  # fmt: skip
 RARE = ("api_killed", "commit_refused", "commit_unheard")
@@ -76,12 +76,16 @@ class Armed:
     process: Process | None
     """None: whichever scheduler or API process comes by."""
     left: int
+    points: tuple[str, ...]
 
 
+ALL = ("begin", "statement", "before commit", "after commit", "call")
+OUTSIDE = ("begin", "call")
+"""Outside of transactions: who is stopped inside of one stops everybody, who is stopped here is superseded."""
 POINTS = {
-    "scheduler_killed": ("begin", "statement", "before commit", "after commit", "call"),
-    "scheduler_stopped": ("begin", "statement", "before commit", "after commit", "call"),
-    "api_killed": ("begin", "statement", "before commit", "after commit"),
+    "scheduler_killed": ALL,
+    "scheduler_stopped": ALL,
+    "api_killed": ALL,
     "statement_failed": ("statement",),
     "database_locked": ("statement",),
     "connection_dropped": ("statement", "before commit"),
@@ -164,7 +168,8 @@ class Hazards:
         kind, world = fault.kind, self.world
         if kind in POINTS:
             after = 1 + fault.after // 8 if kind in RARE else fault.after
-            self._armed.append(Armed(fault, self._target(fault), after))
+            points = OUTSIDE if kind == "scheduler_stopped" and fault.for_s > 4 else POINTS[kind]
+            self._armed.append(Armed(fault, self._target(fault), after, points))
         elif kind in ("answer_lost", "answer_late", "call_repeated"):
             self._fates += [kind] * (1 + fault.after // 15)
         elif kind == "checkpoint_torn":
@@ -224,7 +229,7 @@ class Hazards:
 
     async def _point(self, point: str, process: Process, connection: Connection | None) -> None:
         for armed in list(self._armed):
-            if armed.process is not process or point not in POINTS[armed.fault.kind]:
+            if armed.process is not process or point not in armed.points:
                 continue
             armed.left -= 1
             if armed.left <= 0 and armed in self._armed:
@@ -239,7 +244,7 @@ class Hazards:
                 process.check()
             case "scheduler_stopped":
                 process.stop()
-                self.world.background(self._continue(process, fault.for_s))
+                self.world.background(self._continue(process, 2 * fault.for_s))
                 await asyncio.sleep(0)
             case "database_locked":
                 raise sqlite3.OperationalError("database is locked")

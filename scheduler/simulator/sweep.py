@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,8 +11,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
+from sqlalchemy.exc import SAWarning
+
 from scheduler.simulator.faults import KINDS
-from scheduler.simulator.run import Result, simulate
+from scheduler.simulator.run import Result, inhabited_database, simulate
 
 CHUNK = 20
 
@@ -65,6 +68,10 @@ def _results(chunks: list[list[int]], processes: int) -> Iterator[list[Result]]:
 
 
 def _chunk(seeds: list[int]) -> list[Result]:
-    results = [simulate(seed) for seed in seeds]
-    gc.collect()
+    inhabited_database()
+    gc.freeze()
+    with warnings.catch_warnings(action="ignore", category=SAWarning):
+        results = [simulate(seed) for seed in seeds]
+        gc.collect()
+    gc.unfreeze()
     return results

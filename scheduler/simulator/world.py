@@ -218,7 +218,7 @@ class Errors(logging.Handler):
 
 @cache
 def settings(allowance_s: int = 1800, node_timeout_s: float = 0.0) -> Settings:
-    return Settings(tick_s=4.0, lease_timeout_s=25.0, allowance_s=allowance_s, node_timeout_s=node_timeout_s)
+    return Settings(tick_s=4.0, lease_timeout_s=15.0, allowance_s=allowance_s, node_timeout_s=node_timeout_s)
 
 
 @cache
