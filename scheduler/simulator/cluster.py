@@ -168,7 +168,7 @@ class Cluster(FakeExecutor):
         needed = needs(attempt.spec)
         for resource, count in needed.items():
             self.total[resource] -= count
-        await asyncio.sleep(self._rng.uniform(0.0, self.world.settings.node_timeout_s - 1.0))
+        await asyncio.sleep(self._rng.uniform(0.4, 0.98) * self.world.settings.node_timeout_s)
         self._vacate(attempt)
         for resource, count in needed.items():
             self.total[resource] += count

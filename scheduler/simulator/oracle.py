@@ -91,6 +91,9 @@ class Oracle:
         for other in self.world.cluster.facts.values():
             if other.work_id == fact.work_id and other.holds:
                 self.fail("none runs twice at once", f"{fact.name} begins while {other.name} holds its slots")
+        taken = sum(other.ranks for other in self.world.cluster.facts.values() if other.holds and other.metered)
+        if fact.metered and taken + fact.ranks > self.world.slots:
+            self.fail("a slot is given once", f"{fact.name} wants {fact.ranks}, {taken} of {self.world.slots} taken")
 
     def acknowledged(self, key: str, job_id: str) -> None:
         if self._acknowledged.setdefault(key, job_id) != job_id:

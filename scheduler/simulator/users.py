@@ -141,7 +141,7 @@ class Customer:
         self._made(key, [await self._persist(ask)])
 
     async def _budget(self) -> None:
-        amount = self.rng.choice((None, "0.002", "0.01", "0.05", "1"))
+        amount = self.rng.choice((None, "0.002", "0.004", "0.01", "0.05", "1"))
 
         async def ask() -> bool:
             async with self.world.database.write() as session:

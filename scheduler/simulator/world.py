@@ -59,7 +59,7 @@ class World:
         self._ids = 0
         self.embedded = rng.random() < 0.5
         """Whoever starts the cluster's head anew ends what is left of the old one; else its nodes may outlive it."""
-        self.settings = settings(allowance_s=rng.choice((25, 60, 1800)), node_timeout_s=0.0 if self.embedded else 20.0)
+        self.settings = settings(allowance_s=rng.choice((25, 60, 1800)), node_timeout_s=0.0 if self.embedded else 45.0)
         self.catalog = catalog(tflops=rng.choice((0.5, 2.0, 1000.0, 1000.0)))
         self.slots = rng.randint(1, 4)
         self.one_machine = rng.random() < 0.5
