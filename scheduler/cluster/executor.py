@@ -170,7 +170,10 @@ class RayExecutor:
         host, _, port = self._address.rpartition(":")
         with closing(socket.create_connection((host, int(port)), timeout=2)):
             pass  # Ray itself would wait long for a GCS that is not there
-        os.environ.update(driver_env(self._token_file, host), RAY_gcs_rpc_server_reconnect_timeout_s=str(GCS_AWAY_S))
+        needed = driver_env(self._token_file, host) | {"RAY_gcs_rpc_server_reconnect_timeout_s": str(GCS_AWAY_S)}
+        if "ray" in sys.modules and not needed.keys() <= os.environ.keys():
+            raise RuntimeError("ray was imported before its environment was set, which it reads only then")
+        os.environ.update(needed)
         from scheduler.cluster import driver
 
         driver.connect(self._address)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import ray
 
 from control_plane.states import Outcome
 from control_plane.storage import Storage
@@ -158,7 +157,7 @@ class Rank:
             await self._prepare(storage)
         except FileNotFoundError as error:
             return Ending(Outcome.FAULT, "INPUT_MISSING", f"an input is not in the object store: {error}")
-        self._rendezvous = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
+        self._rendezvous = f"tcp://{_node_address()}:{_free_port()}"
         self._state = "ready"
         world = await self._launched
         try:
@@ -270,6 +269,12 @@ class Rank:
         if self._rank == 0:
             self._last_event += 1
             self._events.append((self._last_event, time.time(), event))
+
+
+def _node_address() -> str:
+    import ray  # here alone: what a rank does needs no Ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 def _free_port() -> int:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.cluster import driver, gcs
-
-
-def actor(name: str) -> gcs.Actor:
-    return gcs.Actor("id", name, "ALIVE", 1, 0, "127.0.0.1", "node", 1)
-
 
 def test_a_node_removes_what_nobody_lives_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scheduler.cluster import driver, gcs  # not when collected: Ray reads its environment when imported
+
+    def actor(name: str) -> gcs.Actor:
+        return gcs.Actor("id", name, "ALIVE", 1, 0, "127.0.0.1", "node", 1)
+
     strays = ["01-ab-1-r0", "01-ab-1-s", "01-cd-12-r1"]
     kept = ["01-ab-2-r0", "01-ab-2-s", "01-ef-1-r0", "huggingface", "01-ab-3-x"]
     for name in strays + kept:

@@ -36,7 +36,7 @@ class Slow(Storage):
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "Storage", Slow)
-    monkeypatch.setattr(ranks.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(ranks, "_node_address", lambda: "127.0.0.1")
 
 
 class Bench:
