@@ -15,6 +15,7 @@ from pathlib import Path
 
 from control_plane.settings import Settings
 from scheduler.cluster.head import leftovers, temp_dir
+from tests.warden import warden
 
 
 @dataclass
@@ -46,7 +47,9 @@ def ray_cluster(*, cpu_slots: int = 1, io_slots: int = 2) -> Iterator[RayCluster
             line = process.stdout.readline()
             assert line, (data_dir / "ray.log").read_text()[-4000:]
             ready = json.loads(line)
-            yield RayCluster(ready["address"], ready["dashboard"], Path(ready["token_file"]), ready["pid"], data_dir)
+            token = Path(ready["token_file"])
+            with warden(f"kill -TERM {process.pid}"):
+                yield RayCluster(ready["address"], ready["dashboard"], token, ready["pid"], data_dir)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
