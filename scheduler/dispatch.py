@@ -16,7 +16,8 @@ from control_plane.settings import Settings
 from control_plane.states import Outcome, Status, StopReason, WorkKind
 from control_plane.tables import Attempt, Dataset, ModelArtifact, TrainingJob, Verdict
 from scheduler import ledger, retention
-from scheduler.executor import AttemptSpec, Demand, Executor, ResumePoint, Stage
+from scheduler.executor import AttemptSpec, Demand, Ending, Executor, ResumePoint, Stage
+from scheduler.finish import claim, finish
 from scheduler.lease import Lease
 from scheduler.tracking import Tracking
 from scheduler.work import AnyWork, attempt_of, get_work
@@ -60,6 +61,13 @@ class Dispatcher:
         await self._executor.start(spec)
         await self.note_started(attempt_id, cluster_id)
         log.info("attempt %s started", spec.name)
+
+    async def withdraw(self, attempt_id: str) -> None:
+        """End a committed attempt that was never started: as its user asked, else its work goes back into the queue."""
+        async with self._lease.write() as session:
+            claimed = await claim(session, attempt_id)
+            if claimed is not None and claimed.attempt.cluster_id is None:
+                await finish(session, claimed, Ending(Outcome.STOPPED))
 
     async def note_started(self, attempt_id: str, cluster_id: str) -> None:
         async with self._lease.write() as session:

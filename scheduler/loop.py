@@ -43,6 +43,7 @@ from scheduler.policy import (
     SetReconnecting,
     Snapshot,
     Start,
+    Withdraw,
     decide,
 )
 from scheduler.tracking import Tracking, TrackingDown, TrackingRefused
@@ -246,6 +247,8 @@ class Scheduler:
                 self._spawn(work_id, self._dispatcher.dispatch(kind, work_id, look.cluster_id))
             case Start(work_id, attempt_id):
                 self._spawn(work_id, self._start(attempt_id, look.cluster_id))
+            case Withdraw(work_id, attempt_id):
+                self._spawn(work_id, self._withdraw(attempt_id))
             case Follow(attempt_id, name, adopt):
                 if adopt:
                     self._spawn(f"adopt {name}", self._dispatcher.note_started(attempt_id, look.cluster_id))
@@ -264,6 +267,10 @@ class Scheduler:
             attempt = await session.get_one(Attempt, attempt_id)
         if attempt.outcome is None and attempt.cluster_id is None:
             await self._dispatcher.start(attempt_id, cluster_id)
+
+    async def _withdraw(self, attempt_id: str) -> None:
+        await self._dispatcher.withdraw(attempt_id)
+        self._wake.set()
 
     async def _ask_stop(self, name: str, reason: StopReason) -> None:
         await self._executor.stop(name, reason, epoch=self.lease.epoch)

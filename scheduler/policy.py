@@ -96,6 +96,14 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Withdraw:
+    """The attempt is committed, the cluster does not know it, and it is not to be started any more."""
+
+    work_id: str
+    attempt_id: str
+
+
+@dataclass(frozen=True)
 class Follow:
     """Collect its events."""
 
@@ -143,7 +151,10 @@ class EndByForce:
     name: str
 
 
-Action = EndByForce | Dispatch | SetQueueReason | Start | Follow | SetReconnecting | AskStop | DeclareFault | Release
+Action = (
+    EndByForce | Dispatch | SetQueueReason | Start | Withdraw | Follow | SetReconnecting | AskStop | DeclareFault
+    | Release
+)  # fmt: skip
 
 
 def decide(snapshot: Snapshot, now: datetime) -> list[Action]:
@@ -188,7 +199,8 @@ def _unknown(held: Held, snapshot: Snapshot) -> list[Action]:
     if snapshot.known_s < snapshot.node_timeout_s:
         return _reconnecting(held, held.cluster_id is not None)
     if held.cluster_id is None:
-        return [Start(held.work_id, held.attempt_id)]
+        wanted = held.stop_requested is None and held.demand is not None
+        return [(Start if wanted else Withdraw)(held.work_id, held.attempt_id)]
     told = "The attempt ended with the cluster that it ran in"
     return [DeclareFault(held.attempt_id, held.name, "CLUSTER_LOST", told)]
 

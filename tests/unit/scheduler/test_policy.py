@@ -25,6 +25,7 @@ from scheduler.policy import (
     Snapshot,
     Start,
     Waiting,
+    Withdraw,
     decide,
 )
 
@@ -137,6 +138,12 @@ def test_a_clock_that_was_set_back_prolongs_no_pause() -> None:
 
 def test_an_attempt_that_the_cluster_never_saw_is_started_again() -> None:
     assert plan(held=(held("a", cluster_id=None),)) == [Start("a", "attempt of a")]
+
+
+@pytest.mark.parametrize("change", [{"stop_requested": StopReason.CANCEL}, {"demand": None}])
+def test_unless_it_is_not_wanted_or_not_offered_any_more(change: dict[str, Any]) -> None:
+    never_seen = held("a", cluster_id=None, **change)
+    assert plan(held=(never_seen,)) == [Withdraw("a", "attempt of a")]
 
 
 def test_an_attempt_that_nobody_noted_is_adopted() -> None:
