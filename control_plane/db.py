@@ -6,12 +6,19 @@ import sqlite3
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from socket import gaierror
 from typing import Any
 
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 BUSY_TIMEOUT_S = 30
+TRANSIENT_STATES = ("08", "25006", "40", "53", "57", "58030")
+"""SQLSTATEs, or classes of them, that say nothing against the statement: connection lost, read-only, rolled back (as in
+a deadlock), out of resources (disk, memory, connections), operator intervention (start, shutdown), I/O error."""
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeout, ConnectionError, TimeoutError, gaierror)
 
 
 class Database:
@@ -81,3 +88,15 @@ def _sqlite_connect(connection: Any, _record: Any) -> None:
 def _sqlite_begin(connection: Connection) -> None:
     mode = connection.get_execution_options().get("brightrun_begin", "DEFERRED")
     connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Whether the database is away, or cannot serve just now: the same may go well when it is tried again.
+
+    In SQLAlchemy's words, by PostgreSQL's SQLSTATE, or in the words of driver and system, which nobody translates while
+    they connect (asyncio tells several failed addresses by a plain OSError).
+    """
+    if isinstance(error, UNREACHABLE) or type(error) is OSError or type(error).__module__.startswith("asyncpg."):
+        return True
+    state = getattr(error.orig, "sqlstate", None) if isinstance(error, DBAPIError) else None
+    return (state or "").startswith(TRANSIENT_STATES) or getattr(error, "connection_invalidated", False)

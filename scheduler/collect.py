@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from control_plane.db import Database
+from control_plane.db import Database, is_unavailable
 from control_plane.services import lifecycle
 from control_plane.states import Outcome, StopReason
 from control_plane.tables import Attempt, TrainingJob
@@ -148,7 +146,7 @@ class Collector:
             except Exception as error:
                 log.exception("events of %s could not be stored", name)
                 place = None
-                if not _database_is_away(error):
+                if not is_unavailable(error):
                     failures += 1
                 await pause(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
         await self._end_as_fault(attempt_id, name, "EVENTS_REFUSED", "What the attempt told could not be stored")
@@ -209,12 +207,6 @@ class Collector:
                 break
             await pause(0.1)
         return times
-
-
-def _database_is_away(error: Exception) -> bool:
-    return isinstance(error, OSError | OperationalError | InterfaceError | PoolTimeout) or (
-        isinstance(error, DBAPIError) and error.connection_invalidated
-    )
 
 
 def _held_back(batch: Batch) -> Batch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from errno import ENOSPC
-from socket import gaierror
 from typing import Any
 
 import msgspec
@@ -18,11 +17,11 @@ from litestar.exceptions import (
     SerializationException,
     ValidationException,
 )
-from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DataError, DBAPIError
 
 from control_plane.api.context import DISK_RETRY_S
 from control_plane.api.headers import request_id
+from control_plane.db import is_unavailable
 from control_plane.errors import (
     BrightRunError,
     MethodNotAllowed,
@@ -36,7 +35,6 @@ from control_plane.storage import StoreError
 
 log = logging.getLogger(__name__)
 RETRY_S = 2
-ASYNCPG = "asyncpg.exceptions"
 
 
 def answer_failure(request: Request[Any, Any, Any], error: Exception) -> Response[Failure]:
@@ -79,24 +77,17 @@ def as_refusal(error: Exception) -> BrightRunError | None:
             return ServiceUnavailable("The object store does not answer. Try again shortly.", retry_after_s=RETRY_S)
         case DataError():
             return ValidationFailed("A value is out of range or has the wrong form")
-        case _ if _database_is_away(error):
+        case _ if is_unavailable(error):
             return ServiceUnavailable("The database is not available. Try again shortly.", retry_after_s=RETRY_S)
     return None
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """By errno, in SQLite's words, or in those of the object store's folder."""
-    told = (OperationalError, StoreError)
+    """By errno, in the database's words, or in those of the object store's folder."""
+    told = (DBAPIError, StoreError)
     return getattr(error, "errno", None) == ENOSPC or (
         isinstance(error, told) and any(words in str(error) for words in ("disk is full", "No space left on device"))
     )
-
-
-def _database_is_away(error: Exception) -> bool:
-    """In SQLAlchemy's words, or in those of the driver, which nobody translates while it connects."""
-    names = (OperationalError, InterfaceError, PoolTimeout, ConnectionError, TimeoutError, gaierror)
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
-    return isinstance(error, names) or lost or type(error).__module__ == ASYNCPG
 
 
 def _fields(request: Request[Any, Any, Any], extra: Any) -> dict[str, list[str]]:

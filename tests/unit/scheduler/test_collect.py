@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from control_plane.db import Database
 from control_plane.states import Outcome, Status, StopReason
@@ -24,7 +23,7 @@ from control_plane.tables import (
     Notification,
     TrainingJob,
 )
-from scheduler.collect import Collector, _database_is_away, _Place
+from scheduler.collect import Collector, _Place
 from scheduler.executor import Batch, Ending, RankTimes, UpEvent
 from scheduler.lease import Lease, LeaseLost
 from tests.fakes import FakeExecutor
@@ -235,8 +234,3 @@ async def test_only_the_platforms_faults_count(bench: Bench) -> None:
     await bench.apply(Batch([], {}, Ending("STOPPED", stop_reason="PREEMPT")))
     job = await bench.job()
     assert (job.status, job.retry_count, job.not_before) == (Status.QUEUED, 0, None)
-
-
-def test_whoever_waits_for_a_connection_is_not_given_up() -> None:
-    assert _database_is_away(PoolTimeout())
-    assert not _database_is_away(ValueError())
