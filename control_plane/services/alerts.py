@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from control_plane.money import usd
 from control_plane.services import budget
 from control_plane.services.notifications import notify
-from control_plane.tables import Membership, Team, now
+from control_plane.tables import Membership, now
 from control_plane.tables.accounts import TeamRole
 from control_plane.tables.notices import NotificationPriority, NotificationType
 
@@ -17,8 +17,11 @@ THRESHOLDS = {80: NotificationPriority.HIGH, 100: NotificationPriority.CRITICAL}
 
 
 async def cost_alerts(session: AsyncSession, team_id: str) -> None:
-    """To be called in each transaction that posts costs or changes the budget; repeating it is harmless."""
-    team = await session.get_one(Team, team_id)
+    """To be called in each transaction that posts costs or changes the budget, after it has; repeating it is harmless.
+
+    Under the lock of the team's row, so that of two transactions the later one sees what both have posted.
+    """
+    team = await budget.lock_team(session, team_id)
     limit = team.monthly_budget_microusd
     if limit is None:
         return

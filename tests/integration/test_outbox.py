@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from control_plane.db import Database
 from control_plane.services.alerts import cost_alerts
@@ -154,10 +154,10 @@ async def add_owner(database: Database, team: Team, **fields: Any) -> str:
     return str(user.id)
 
 
-async def spend(database: Database, team: Team, amount_microusd: int) -> None:
-    """As the ledger does: under the team row's lock."""
+async def spend(
+    database: Database, team: Team, amount_microusd: int, before_the_commit: Callable[[], Awaitable[None]] | None = None
+) -> None:
     async with database.write() as session:
-        await session.get_one(Team, team.id, with_for_update=True)
         record = CostRecord(
             team_id=team.id,
             created_by=team.personal_of,
@@ -169,6 +169,8 @@ async def spend(database: Database, team: Team, amount_microusd: int) -> None:
         session.add(record)
         await session.flush()
         await cost_alerts(session, team.id)
+        if before_the_commit is not None:
+            await before_the_commit()
 
 
 async def test_a_budgets_alert_reaches_each_owner_and_each_webhook_once(database: Database) -> None:
@@ -194,6 +196,29 @@ async def test_a_budgets_alert_reaches_each_owner_and_each_webhook_once(database
         assert set(await session.scalars(select(Outbox.target))) == set(webhooks)
         notices = list(await session.scalars(select(Notification.details)))
     assert Counter(details["threshold"] for details in notices if details) == {80: 3, 100: 3}
+
+
+async def test_what_is_posted_at_the_same_time_reaches_a_threshold_together(postgres_database_url: str) -> None:
+    """The second posts while the first has not committed (SQLite's writers queue)."""
+    database = Database(postgres_database_url)
+    async with database.write() as session:
+        team = await make_team(session, budget_microusd=100_000)
+
+    async def post_the_other_half() -> None:
+        second = asyncio.create_task(spend(database, team, 50_000))
+        tasks.append(second)
+        waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        async with database.read() as session:
+            while not second.done() and not await session.scalar(waits):
+                await asyncio.sleep(0.01)
+
+    tasks: list[asyncio.Task[None]] = []
+    await spend(database, team, 50_000, before_the_commit=post_the_other_half)
+    await asyncio.gather(*tasks)
+    async with database.read() as session:
+        notices = list(await session.scalars(select(Notification.details)))
+    await database.close()
+    assert sorted(details["threshold"] for details in notices if details) == [80, 100]
 
 
 async def test_mail_goes_to_each_recipient_once_and_to_nobody_who_left(mailing: Database) -> None:
