@@ -46,6 +46,7 @@ from scheduler.policy import (
     Withdraw,
     decide,
 )
+from scheduler.setbacks import Setbacks
 from scheduler.tracking import Tracking, TrackingDown, TrackingRefused
 from scheduler.work import get_work
 
@@ -54,6 +55,8 @@ LOOK_S = 15.0
 CLUSTER_PATIENCE_S = 10.0
 """A driver whose cluster is away for longer is of no use any more, even when the cluster comes back."""
 TRACKING_PAUSE_S = 5.0
+SETBACK_S = 600.0
+"""The longest that work which cannot be dispatched stands aside before it is tried again."""
 PUBLISH_S = 5.0
 BUDGET_S = 5.0
 """How often to look whether the budget lets paused jobs go on."""
@@ -100,6 +103,7 @@ class Scheduler:
         self._busy: set[str] = set()
         self._asked: set[tuple[str, StopReason]] = set()
         self._tracking_problem: tuple[str, float] | None = None
+        self._setbacks = Setbacks()
         self._reached_at: float | None = None
         self._cluster: tuple[str, float] | None = None
         self._published: tuple[Look, float] | None = None
@@ -180,6 +184,7 @@ class Scheduler:
             held,
             look,
             self._tracking_trouble(),
+            self._setbacks.current([work.work_id for work in waiting]),
             frozenset(self._asked),
             self._collector.silent_s(),
             self._known_s(look),
@@ -244,7 +249,7 @@ class Scheduler:
     def _act(self, action: Action, look: Look) -> None:
         match action:
             case Dispatch(kind, work_id):
-                self._spawn(work_id, self._dispatcher.dispatch(kind, work_id, look.cluster_id))
+                self._spawn(work_id, self._dispatch(kind, work_id, look.cluster_id))
             case Start(work_id, attempt_id):
                 self._spawn(work_id, self._start(attempt_id, look.cluster_id))
             case Withdraw(work_id, attempt_id):
@@ -261,6 +266,24 @@ class Scheduler:
                 self._spawn(f"end {name}", self._collector.declare_fault(attempt_id, name, code, message))
             case Release(name, attempt_id):
                 self._spawn(f"release {name}", self._release(name, attempt_id))
+
+    async def _dispatch(self, kind: WorkKind, work_id: str, cluster_id: str) -> None:
+        told, longest_s = "It could not be started (the scheduler's log says why); it is tried again", SETBACK_S
+        try:
+            await self._dispatcher.dispatch(kind, work_id, cluster_id)
+            return
+        except (LeaseLost, StaleEpoch, Unreachable):
+            raise
+        except TrackingDown as error:
+            told, longest_s = "The MLflow server does not answer", 2 * TRACKING_PAUSE_S
+            self._tracking_problem = (told, time.monotonic() + TRACKING_PAUSE_S)
+            log.warning("no MLflow run for %s: %s", work_id, error)
+        except TrackingRefused as error:
+            told = "The MLflow server refuses a run for it"
+            log.warning("no MLflow run for %s: %s", work_id, error)
+        except Exception:
+            log.exception("%s could not be dispatched", work_id)
+        self._setbacks.note(work_id, told, first_s=TRACKING_PAUSE_S, longest_s=longest_s)
 
     async def _start(self, attempt_id: str, cluster_id: str) -> None:
         async with self._database.read() as session:
@@ -311,10 +334,6 @@ class Scheduler:
             await action
         except (LeaseLost, StaleEpoch) as error:
             raise LeaseLost from error
-        except (TrackingDown, TrackingRefused) as error:
-            told = "does not answer" if isinstance(error, TrackingDown) else "refuses a new run"
-            self._tracking_problem = (f"The MLflow server {told}", time.monotonic() + TRACKING_PAUSE_S)
-            log.warning("no MLflow run for %s: %s", key, error)
         except Unreachable as error:
             log.warning("%s: %s", key, error)
         except Exception:

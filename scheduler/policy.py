@@ -64,6 +64,8 @@ class Snapshot:
     look: Look
     tracking_problem: str | None = None
     """Why MLflow gave no new run when it was last asked."""
+    setbacks: Mapping[str, str] = field(default_factory=dict)
+    """Why work that failed to be dispatched stands aside, by its id."""
     asked: frozenset[tuple[str, StopReason]] = frozenset()
     """Stops that have been passed on: (attempt name, reason)."""
     silent_s: Mapping[str, float] = field(default_factory=dict)
@@ -242,7 +244,7 @@ def _obstacle(work: Waiting, snapshot: Snapshot, now: datetime) -> str | None:
         return "The cluster cannot be reached"
     if work.needs_tracking and snapshot.tracking_problem:
         return snapshot.tracking_problem
-    return None
+    return snapshot.setbacks.get(work.work_id)
 
 
 class _Capacity:

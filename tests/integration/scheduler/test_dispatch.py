@@ -8,6 +8,7 @@ from control_plane.services.lifecycle import request_stop
 from control_plane.states import Status, StopReason
 from control_plane.tables import TrainingJob
 from scheduler.executor import AttemptSpec, Unreachable
+from scheduler.tracking import Run, TrackingDown, TrackingRefused
 from scheduler.verify import verify
 from tests.integration.scheduler.conftest import House
 
@@ -68,3 +69,33 @@ async def test_what_is_no_longer_offered_goes_back_into_the_queue_and_waits(
         await house.until_running(job_id, 2)
     assert (job.status, job.retry_count) == (Status.QUEUED, 0)
     await in_order(house)
+
+
+@pytest.mark.parametrize("error", [TrackingRefused("400 the experiment is deleted"), TrackingDown("500"), KeyError()])
+async def test_a_job_that_cannot_be_dispatched_stands_in_nobodys_way(
+    house: House, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """One slot; whatever is wrong with the first of the queue is wrong with it alone."""
+    bad, good = [await house.new_job() for _ in range(2)]
+    ensure_run, tries = house.tracking.ensure_run, 0
+
+    async def refusing(*, team_id: str, job_id: str, name: str) -> Run:
+        nonlocal tries
+        if job_id == bad:
+            tries += 1
+            raise error
+        return await ensure_run(team_id=team_id, job_id=job_id, name=name)
+
+    monkeypatch.setattr(house.tracking, "ensure_run", refusing)
+    async with house.scheduling():
+        house.complete(await house.until_running(good))
+        await house.until_job(good, "COMPLETED")
+
+        async def tried_again() -> bool:
+            return tries > 2
+
+        await house.until("another try", tried_again)
+        job = await house.job(bad)
+        assert (job.status, job.attempt, bool(job.queue_reason)) == (Status.QUEUED, 0, True)
+        monkeypatch.setattr(house.tracking, "ensure_run", ensure_run)
+        await house.until_running(bad)

@@ -128,6 +128,11 @@ def test_an_mlflow_outage_keeps_nothing_that_has_a_run() -> None:
     assert actions == [Dispatch(WorkKind.JOB, "a")]
 
 
+def test_a_setback_is_its_own_and_is_told() -> None:
+    actions = plan(job("a"), job("b"), setbacks={"a": "MLflow refuses it"})
+    assert actions == [SetQueueReason(WorkKind.JOB, "a", "MLflow refuses it"), Dispatch(WorkKind.JOB, "b")]
+
+
 def test_a_pause_after_a_fault_ends() -> None:
     assert plan(job("a", not_before=NOW - timedelta(seconds=1))) == [Dispatch(WorkKind.JOB, "a")]
 
