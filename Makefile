@@ -34,7 +34,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/unit
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q $(TESTS)
+	@$(BIN)/python -m pytest -q --durations=15 $(TESTS)
 
 clean:
 	rm -rf $(VENV) demo-output build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
