@@ -111,11 +111,14 @@ class MlflowTracking:
         return list((await self._call("POST", "runs/search", wanted)).get("runs") or [])
 
     async def _experiment(self, name: str) -> str:
+        """Its id; created if there is none, restored if somebody deleted it: its name stays taken, and takes no run."""
         try:
-            found = await self._call("GET", "experiments/get-by-name", {"experiment_name": name})
-            return str(found["experiment"]["experiment_id"])
+            found = (await self._call("GET", "experiments/get-by-name", {"experiment_name": name}))["experiment"]
         except TrackingRefused:
             return str((await self._call("POST", "experiments/create", {"name": name}))["experiment_id"])
+        if found.get("lifecycle_stage") == "deleted":
+            await self._call("POST", "experiments/restore", {"experiment_id": found["experiment_id"]})
+        return str(found["experiment_id"])
 
     async def _create_run(self, experiment: str, job_id: str, name: str) -> dict[str, Any]:
         answer = await self._call(

@@ -34,9 +34,12 @@ class FakeTracking:
         self._made = 0
         self._by_job: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
+        self.deleted: set[str] = set()
+        """Experiments that somebody has deleted; they take no run until they are restored."""
 
     async def ensure_run(self, *, team_id: str, job_id: str, name: str) -> Run:
         self._answer()
+        self.deleted.discard(self._experiments.get(team_id, ""))
         if job_id not in self._by_job:
             self._by_job[job_id] = self.stray(team_id=team_id, job_id=job_id, name=name).run_id
         return self.runs[self._by_job[job_id]].run

@@ -72,6 +72,12 @@ class Subject(Protocol):
 
     async def is_there(self, run_id: str) -> bool: ...
 
+    async def delete_experiment(self, experiment_id: str) -> None:
+        """As somebody may in MLflow's own pages."""
+        ...
+
+    async def is_deleted(self, experiment_id: str) -> bool: ...
+
 
 class Fake:
     def __init__(self) -> None:
@@ -92,6 +98,12 @@ class Fake:
 
     async def is_there(self, run_id: str) -> bool:
         return run_id in self.tracking.runs
+
+    async def delete_experiment(self, experiment_id: str) -> None:
+        self.tracking.deleted.add(experiment_id)
+
+    async def is_deleted(self, experiment_id: str) -> bool:
+        return experiment_id in self.tracking.deleted
 
 
 class Real:
@@ -135,6 +147,16 @@ class Real:
         assert (info.lifecycle_stage == "active") is (info.status != "KILLED")
         return bool(info.lifecycle_stage == "active")
 
+    async def delete_experiment(self, experiment_id: str) -> None:
+        from mlflow.tracking import MlflowClient
+
+        MlflowClient(self.url).delete_experiment(experiment_id)
+
+    async def is_deleted(self, experiment_id: str) -> bool:
+        from mlflow.tracking import MlflowClient
+
+        return bool(MlflowClient(self.url).get_experiment(experiment_id).lifecycle_stage == "deleted")
+
 
 @pytest.fixture(params=["fake", "mlflow"])
 async def subject(request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
@@ -158,6 +180,17 @@ async def test_a_job_has_one_run_in_its_teams_experiment(subject: Subject) -> No
     assert first.experiment_id == sibling.experiment_id != stranger.experiment_id
     assert first.artifact_prefix == f"mlflow/{first.experiment_id}/{first.run_id}/artifacts"
     assert (await subject.run(first))["status"] == "RUNNING"
+
+
+async def test_a_deleted_experiment_is_restored(subject: Subject) -> None:
+    team, job = uuid7(), uuid7()
+    first = await subject.tracking.ensure_run(team_id=team, job_id=job, name="a job")
+    await subject.delete_experiment(first.experiment_id)
+    assert await subject.is_deleted(first.experiment_id)
+    second = await subject.tracking.ensure_run(team_id=team, job_id=uuid7(), name="another")
+    assert (second.experiment_id, await subject.is_deleted(first.experiment_id)) == (first.experiment_id, False)
+    assert await subject.tracking.ensure_run(team_id=team, job_id=job, name="a job") == first
+    assert (await subject.run(second))["status"] == "RUNNING"
 
 
 async def test_repeating_adds_nothing(subject: Subject) -> None:
