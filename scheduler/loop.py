@@ -26,7 +26,7 @@ from scheduler.carrier import Carrier
 from scheduler.collect import Collector
 from scheduler.deliver import Deliverer
 from scheduler.dispatch import Dispatcher
-from scheduler.executor import Executor, Look, StaleEpoch, Unreachable
+from scheduler.executor import AttemptGone, Executor, Look, StaleEpoch, Unreachable
 from scheduler.lease import Lease, LeaseLost
 from scheduler.mirror import Mirror
 from scheduler.observe import held_attempts, paused_by_budget, waiting_work
@@ -334,7 +334,7 @@ class Scheduler:
             await action
         except (LeaseLost, StaleEpoch) as error:
             raise LeaseLost from error
-        except Unreachable as error:
+        except (AttemptGone, Unreachable) as error:
             log.warning("%s: %s", key, error)
         except Exception:
             log.exception("%s failed", key)

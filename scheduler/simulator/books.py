@@ -241,8 +241,9 @@ class Books:
         tolerance = TOLERANCE_MS * (fact.ranks if fact else 0)
         if account.used > held + tolerance:
             self.oracle.fail("nothing is billed twice", f"{name}: {account} of {held} ms held")
-        if account.used < held - tolerance and not (fact and fact.ends_hidden):
-            self.oracle.fail("billed + absorbed = held", f"{name}: {account} of {held} ms held")
+        known = fact.heard_ms if fact and fact.ends_hidden else held
+        if account.used < known - tolerance:
+            self.oracle.fail("billed + absorbed = held", f"{name}: {account} of {known} ms known, {held} ms held")
 
     def _check_billed(
         self, name: str, outcome: str | None, fact: Fact, account: Account, limit: int | None, recovery: bool

@@ -44,9 +44,10 @@ class Clock:
 class Process:
     """An operating-system process of the installation: its life, its wall clock, and what it may still touch."""
 
-    def __init__(self, world: World, name: str, wall_offset_s: float = 0.0) -> None:
+    def __init__(self, world: World, name: str, wall_offset_s: float = 0.0, host: str = "") -> None:
         self.world = world
         self.name = name
+        self.host = host
         self.wall_offset_s = wall_offset_s
         self.alive = True
         self.stopped = False

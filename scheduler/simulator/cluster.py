@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from control_plane.states import Outcome, StopReason
-from scheduler.executor import Liveness, Look, RankTimes, ResumePoint, Unreachable
+from scheduler.executor import Batch, Liveness, Look, RankTimes, ResumePoint, Unreachable
 from scheduler.simulator.executor import FakeAttempt, FakeExecutor, needs
 from scheduler.simulator.inhabitants import REPORT
 
@@ -62,13 +62,16 @@ class Fact:
     """Key of the checkpoint that it went on from."""
     loaded_ms: int | None = None
     """What all ranks had held when training began."""
-    unheard_ms: int = 0
-    """Held after the last report that a scheduler could have had."""
+    heard_ms: int = 0
+    """Held by the last event that a scheduler has stored: it asked for those after it."""
     ends_hidden: bool = False
     """The cluster never told, or told too late, when its ranks ended."""
 
     def held_ms(self, until_ms: int) -> int:
         return sum((stay.end_ms or until_ms) - stay.begin_ms for stay in self.stays)
+
+    def held_by(self, at_ms: int) -> int:
+        return sum(max(0, min(stay.end_ms or at_ms, at_ms) - stay.begin_ms) for stay in self.stays)
 
     @property
     def holds(self) -> bool:
@@ -130,6 +133,14 @@ class Cluster(FakeExecutor):
             if self.unknown.get(name, 0.0) > now:
                 look.actors[name] = Liveness.UNKNOWN
         return look
+
+    async def poll(self, name: str, cursor: int, *, epoch: int, allowance_ms: int | None) -> Batch:
+        batch = await super().poll(name, cursor, epoch=epoch, allowance_ms=allowance_ms)
+        if cursor:
+            stored = self.attempts[name].events[cursor - 1]
+            fact = self.facts[name]
+            fact.heard_ms = max(fact.heard_ms, fact.held_by(round(stored.at * 1000)))
+        return batch
 
     async def times(self, name: str) -> list[RankTimes]:
         times = await super().times(name)

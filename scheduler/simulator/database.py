@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from control_plane.db import BUSY_TIMEOUT_S, Database
 from control_plane.tables import Base
 from scheduler.simulator.clock import PROCESS, Process
+from scheduler.simulator.faults import DatabaseFault
 
 if TYPE_CHECKING:
     from scheduler.simulator.world import World
@@ -50,7 +51,7 @@ class Store:
         self._waiting: deque[tuple[Connection, asyncio.Future[None]]] = deque()
 
     async def lock(self, connection: Connection) -> None:
-        """Raises sqlite3.OperationalError after BUSY_TIMEOUT_S."""
+        """Raises sqlite3.OperationalError after BUSY_TIMEOUT_S; it is a fault's when a process stood still."""
         if not self._waiting and self._fits(connection):
             self._grant(connection)
         else:
@@ -69,7 +70,8 @@ class Store:
             self.unlock(connection, "ROLLBACK")
             self._wake()
             if isinstance(error, TimeoutError):
-                raise sqlite3.OperationalError("database is locked") from None
+                excused = self.world.hazards.stood_still(BUSY_TIMEOUT_S)
+                raise (DatabaseFault if excused else sqlite3.OperationalError)("database is locked") from None
             raise
 
     def unlock(self, connection: Connection, how: str) -> None:
@@ -126,7 +128,7 @@ class Connection:
     async def execute(self, cursor: Cursor, sql: str, parameters: Any, many: bool = False) -> None:
         self.process.check()
         if self.broken:
-            raise sqlite3.OperationalError("connection closed")
+            raise DatabaseFault("connection closed")
         hazards = self.process.world.hazards
         if not self.begun:
             await hazards.begin(self)
@@ -156,7 +158,7 @@ class Connection:
         await hazards.before_commit(self)
         self.process.check()
         if self.broken:
-            raise sqlite3.OperationalError("connection closed")
+            raise DatabaseFault("connection closed")
         changed = self.dirty
         self._end("COMMIT")
         self.store.commits += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import sqlite3
 from collections import Counter
@@ -13,7 +14,7 @@ from scheduler.simulator.clock import Process
 
 if TYPE_CHECKING:
     from scheduler.simulator.database import Connection
-    from scheduler.simulator.world import World
+    from scheduler.simulator.world import Host, World
 
 CLUSTER = (
     "child_crashed", "out_of_memory", "child_hung", "child_deaf", "rank_died", "supervisor_died", "node_lost",
@@ -31,16 +32,26 @@ NETWORK = (
     "mlflow_down",
     "objects_failing",
     "receiver_failing",
+    "database_cut_off",
+    "cluster_cut_off",
 )
 KINDS = CLUSTER + PROCESS + DATABASE + NETWORK
 WEIGHTS = {
     "out_of_memory": 0.8, "scheduler_killed": 3.0, "scheduler_stopped": 3.0, "api_killed": 2.0, "commit_unheard": 3.0,
-    "commit_refused": 2.0, "checkpoint_torn": 2.0,
+    "commit_refused": 2.0, "checkpoint_torn": 2.0, "database_cut_off": 2.0, "cluster_cut_off": 2.0,
 }  # fmt: skip
 RARE = ("api_killed", "commit_refused", "commit_unheard")
 """Their targets come by few points at which they could strike."""
 ARMED_POINTS = 40
 """A fault of a process strikes at one of so many of its next awaits."""
+
+
+class DatabaseFault(sqlite3.OperationalError):
+    """What the database says when, and only when, a fault strikes it."""
+
+
+class StoreFault(OSError):
+    """What the object store says when, and only when, a fault strikes it."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,8 @@ def draw(rng: random.Random, until_s: float) -> list[Fault]:
 @dataclass
 class Armed:
     fault: Fault
-    process: Process | None
-    """None: whichever scheduler or API process comes by."""
+    host: Host
+    """Whichever process it runs by then."""
     left: int
     points: tuple[str, ...]
 
@@ -101,8 +112,13 @@ class Hazards:
         self.world = world
         self.rng = world.rng("hazards")
         self.struck: Counter[str] = Counter()
+        self.troubled_s = float("-inf")
+        """When the last of them ends, or ended."""
         self.slow = False
         self.database_away = False
+        self.cut_off: dict[str, set[str]] = {"database_cut_off": set(), "cluster_cut_off": set()}
+        """Hosts that do not reach what all the others do."""
+        self._went_on_s = -math.inf
         self._armed: list[Armed] = []
         self._fates: list[str] = []
         self._tears = 0
@@ -111,8 +127,8 @@ class Hazards:
 
     async def begin(self, connection: Connection) -> None:
         await asyncio.sleep(self.rng.choice((0, 0, 0, 0.001, 0.02)))
-        if self.database_away:
-            raise sqlite3.OperationalError("unable to open database file")
+        if not self._reaches_database(connection.process):
+            raise DatabaseFault("unable to open database file")
         await self._point("begin", connection.process, connection)
 
     async def statement(self, connection: Connection) -> None:
@@ -121,7 +137,7 @@ class Hazards:
 
     async def before_commit(self, connection: Connection) -> None:
         await asyncio.sleep(self.rng.choice((0, 0, 0, 0.001, 0.01)))
-        if self.database_away:
+        if not self._reaches_database(connection.process):
             connection.cut()
         await self._point("before commit", connection.process, connection)
 
@@ -131,6 +147,17 @@ class Hazards:
     async def call(self, process: Process) -> None:
         process.check()
         await self._point("call", process, None)
+
+    def reaches_cluster(self, process: Process) -> bool:
+        return self.world.cluster.reachable and process.host not in self.cut_off["cluster_cut_off"]
+
+    def _reaches_database(self, process: Process) -> bool:
+        return not self.database_away and process.host not in self.cut_off["database_cut_off"]
+
+    def stood_still(self, for_s: float) -> bool:
+        """Whether a process was stopped at any time of the last ``for_s``: it may have held a lock."""
+        stopped = any(host.process and host.process.stopped for host in self.world.hosts)
+        return stopped or self._went_on_s > self.world.clock.now - for_s
 
     def latency_s(self) -> float:
         return self.rng.choice((0.0, 0.002, 0.01, 0.2)) * (20 if self.slow else 1)
@@ -169,7 +196,7 @@ class Hazards:
         if kind in POINTS:
             after = 1 + fault.after // 8 if kind in RARE else fault.after
             points = OUTSIDE if kind == "scheduler_stopped" and fault.for_s > 4 else POINTS[kind]
-            self._armed.append(Armed(fault, self._target(fault), after, points))
+            self._armed.append(Armed(fault, self._host(fault), after, points))
         elif kind in ("answer_lost", "answer_late", "call_repeated"):
             self._fates += [kind] * (1 + fault.after // 15)
         elif kind == "checkpoint_torn":
@@ -186,21 +213,32 @@ class Hazards:
         elif kind == "liveness_unknown":
             for name in world.cluster.running():
                 world.cluster.unknown[name] = world.clock.now + fault.for_s
-                self._strike(kind, name)
+                self._strike(kind, name, fault.for_s)
         elif kind == "head_restarted":
-            self._strike(kind, "")
+            away_s = 2.0 + fault.for_s / 3
+            self._strike(kind, "", away_s)
             world.cluster.reachable = False
             world.cluster.new_cluster()
-            await asyncio.sleep(2.0 + fault.for_s / 3)
+            await asyncio.sleep(away_s)
             world.cluster.reachable = True
         elif kind in CLUSTER and kind != "cluster_unreachable":
+            self._trouble()
             if await world.cluster.strike(kind, random.Random(fault.choice)):
                 self.struck[kind] += 1
+        elif kind in self.cut_off:
+            await self._cut_off(self._host(fault).name, kind, 2 * fault.for_s)
         else:
-            self._strike(kind, f"for {fault.for_s} s")
+            self._strike(kind, f"for {fault.for_s} s", fault.for_s)
             self._switch(kind, True)
             await asyncio.sleep(fault.for_s)
             self._switch(kind, False)
+
+    async def _cut_off(self, host: str, kind: str, for_s: float) -> None:
+        self._strike(kind, f"{host} for {for_s} s", for_s)
+        self.cut_off[kind].add(host)
+        await asyncio.sleep(for_s)
+        self.cut_off[kind].discard(host)
+        self.world.note(kind, host=host, on=False)
 
     def _switch(self, kind: str, on: bool) -> None:
         world = self.world
@@ -219,17 +257,16 @@ class Hazards:
                 world.objects.failing = on
         self.world.note(kind, on=on)
 
-    def _target(self, fault: Fault) -> Process | None:
-        hosts = self.world.hosts
-        if fault.kind.startswith("api"):
-            hosts = [host for host in hosts if host.name == "api"]
-        elif fault.kind.startswith("scheduler"):
-            hosts = [host for host in hosts if host.name != "api"]
-        return hosts[int(fault.choice * len(hosts))].process
+    def _host(self, fault: Fault) -> Host:
+        world = self.world
+        hosts = [world.api] if fault.kind == "api_killed" else world.hosts
+        if fault.kind in ("scheduler_killed", "scheduler_stopped", *self.cut_off):
+            hosts = [*world.schedulers]
+        return hosts[int(fault.choice * len(hosts))]
 
     async def _point(self, point: str, process: Process, connection: Connection | None) -> None:
         for armed in list(self._armed):
-            if armed.process is not process or point not in armed.points:
+            if armed.host.process is not process or point not in armed.points:
                 continue
             armed.left -= 1
             if armed.left <= 0 and armed in self._armed:
@@ -244,26 +281,32 @@ class Hazards:
                 process.check()
             case "scheduler_stopped":
                 process.stop()
+                self._trouble(2 * fault.for_s)
                 self.world.background(self._continue(process, 2 * fault.for_s))
                 await asyncio.sleep(0)
             case "database_locked":
-                raise sqlite3.OperationalError("database is locked")
+                raise DatabaseFault("database is locked")
             case "statement_failed":
-                raise sqlite3.OperationalError("disk I/O error")
+                raise DatabaseFault("disk I/O error")
             case "connection_dropped" if connection:
                 connection.cut()
-                raise sqlite3.OperationalError("connection closed")
+                raise DatabaseFault("connection closed")
             case "commit_refused" if connection:
                 await connection.rollback()
-                raise sqlite3.OperationalError("database or disk is full")
+                raise DatabaseFault("database or disk is full")
             case "commit_unheard":
-                raise sqlite3.OperationalError("connection closed")
+                raise DatabaseFault("connection closed")
 
     async def _continue(self, process: Process, after_s: float) -> None:
         await asyncio.sleep(after_s)
         process.go_on()
+        self._went_on_s = self.world.clock.now
         self.world.note("goes on", process=process.name)
 
-    def _strike(self, kind: str, what: str) -> None:
+    def _strike(self, kind: str, what: str, for_s: float = 0.0) -> None:
         self.struck[kind] += 1
+        self._trouble(for_s)
         self.world.note(kind, what=what)
+
+    def _trouble(self, for_s: float = 0.0) -> None:
+        self.troubled_s = max(self.troubled_s, self.world.clock.now + for_s)

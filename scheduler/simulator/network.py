@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from scheduler.carrier import Mail, Post, Undelivered
 from scheduler.executor import AttemptGone, AttemptSpec, Batch, Look, RankTimes, StaleEpoch, Unreachable
 from scheduler.simulator.clock import Process
+from scheduler.simulator.faults import StoreFault
 from scheduler.simulator.tracking import FakeTracking
 from scheduler.tracking import Metric, Run, TrackingDown
 
@@ -75,9 +76,10 @@ class ClusterClient:
 
     def _connected(self) -> None:
         cluster = self._world.cluster
-        if cluster.reachable and self._cluster_id is None:
+        reachable = self._world.hazards.reaches_cluster(self._process)
+        if reachable and self._cluster_id is None:
             self._cluster_id = cluster.cluster_id
-        if not cluster.reachable or cluster.cluster_id != self._cluster_id:
+        if not reachable or cluster.cluster_id != self._cluster_id:
             raise Unreachable("the cluster does not answer")
 
     async def _again(self, call: Call[Any]) -> None:
@@ -170,4 +172,4 @@ class ObjectClient:
         await asyncio.sleep(self._world.hazards.latency_s())
         self._process.check()
         if self._world.objects.failing:
-            raise OSError("the object store does not answer")
+            raise StoreFault("the object store does not answer")

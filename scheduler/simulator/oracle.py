@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from sqlalchemy.exc import DBAPIError
 
-from scheduler.executor import AttemptGone, StaleEpoch, Unreachable
 from scheduler.simulator.books import Books
 from scheduler.simulator.clock import Process
-from scheduler.tracking import TrackingDown
+from scheduler.simulator.faults import DatabaseFault, StoreFault
 
 if TYPE_CHECKING:
     from scheduler.lease import Lease
@@ -33,9 +31,7 @@ LEGAL = {
     ("RUNNING", "QUEUED"), ("RUNNING", "PAUSED"), ("RUNNING", "COMPLETED"), ("RUNNING", "FAILED"),
     ("RUNNING", "CANCELLED"), ("PAUSED", "QUEUED"), ("PAUSED", "FAILED"), ("PAUSED", "CANCELLED"),
 }  # fmt: skip
-CAUSED_BY_FAULTS = (
-    DBAPIError, sqlite3.Error, Unreachable, AttemptGone, StaleEpoch, TrackingDown, OSError, asyncio.CancelledError,
-)  # fmt: skip
+CAUSED_BY_FAULTS = (DatabaseFault, StoreFault)
 MIRRORED = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 
 
@@ -79,12 +75,16 @@ class Oracle:
     # Told by the world.
 
     def logged(self, error: BaseException) -> None:
-        """An error that the platform logged, or died of."""
+        """An error that the platform logged."""
         if isinstance(error, BaseExceptionGroup):
             for one in error.exceptions:
                 self.logged(one)
-        elif not isinstance(error, CAUSED_BY_FAULTS):
+        elif not isinstance(error.orig if isinstance(error, DBAPIError) else error, CAUSED_BY_FAULTS):
             self.fail("no error without a fault", repr(error)[:500])
+
+    def died(self, process: Process, error: BaseException) -> None:
+        """A fault excuses no death: whatever one attempt or one transaction meets, the others need the process."""
+        self.fail("no process dies of an error", f"{process.name}: {error!r}"[:500])
 
     def occupied(self, fact: Fact) -> None:
         """To be told before its ranks are counted as holding."""

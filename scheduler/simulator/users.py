@@ -20,6 +20,7 @@ from control_plane.services.scope import Principal, get_owned
 from control_plane.states import StopReason
 from control_plane.tables import PriceVersion, TrainingJob, User, now
 from control_plane.tables.accounts import TeamRole
+from scheduler.simulator.faults import DatabaseFault
 
 if TYPE_CHECKING:
     from scheduler.simulator.world import World
@@ -194,7 +195,7 @@ class Customer:
         if task.cancelled():
             raise NoAnswer("the API was killed")
         error = task.exception()
-        if isinstance(error, DBAPIError):
+        if isinstance(error, DBAPIError) and isinstance(error.orig, DatabaseFault):
             raise NoAnswer(str(error.orig))
         return task.result()
 

@@ -160,7 +160,7 @@ class Host:
     async def run(self) -> None:
         while True:
             self._starts += 1
-            self.process = Process(self.world, f"{self.name}{self._starts}", self.wall_offset_s)
+            self.process = Process(self.world, f"{self.name}{self._starts}", self.wall_offset_s, self.name)
             task = self.process.spawn(self._main(self.process))
             self.world.note("starts", process=self.process.name)
             while not task.done():
@@ -170,8 +170,8 @@ class Host:
             why = "killed" if task.cancelled() else repr(task.exception() or task.result())
             self.world.note("ends", process=self.process.name, why=why)
             error = None if task.cancelled() else task.exception()
-            if error is not None:
-                self.world.oracle.logged(error)
+            if error is not None and self.process.alive:
+                self.world.oracle.died(self.process, error)
             self.process.kill()
             await asyncio.sleep(self._rng.choice((0.2, 1.0, 3.0, 15.0)))
 
