@@ -26,13 +26,15 @@ from trainer.errors import TrainerError
 
 CONFIG_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+NO_SUCH_MODEL = (401, 403, 404)
+"""The hub's answers (HTTP) that will be the same tomorrow; any other may be its trouble, and passes."""
 
 
 def prepare_base(base: BaseModel, cache_dir: Path | str, *, weights: bool = True) -> Path:
     """A folder with the base model in transformers' layout; without ``weights``, perhaps only what tokenising needs.
 
     Safe to call from several processes at once, and to be killed anywhere. Raises TrainerError MODEL_UNAVAILABLE
-    (cannot be found or fetched) or MODEL_REFUSED (not accepted).
+    (there is none, or none for us), MODEL_REFUSED (not accepted) or MODEL_NOT_FETCHED (another try may help).
     """
     source, cache = base.source, Path(cache_dir)
     if source.kind == "folder":
@@ -129,8 +131,12 @@ def _download(source: BaseModelSource, folder: Path, weights: bool) -> None:
             local_dir=folder,
             allow_patterns=[*CONFIG_FILES, *(WEIGHT_FILES if weights else ())],
         )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        raise _unavailable(f"{source.location} at {source.revision} cannot be fetched: {error}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        lasting = isinstance(error, HFValidationError | OfflineModeIsEnabled) or (
+            isinstance(error, HfHubHTTPError) and error.response.status_code in NO_SUCH_MODEL
+        )
+        why = f"{source.location} at {source.revision} cannot be fetched: {error}"
+        raise (_unavailable if lasting else _not_fetched)(why) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
@@ -167,6 +173,14 @@ def _unavailable(why: str) -> TrainerError:
         "MODEL_UNAVAILABLE",
         f"The base model is not available: {why}.",
         "Check the model's entry in the list of base models, and that its source can be reached from the workers.",
+    )
+
+
+def _not_fetched(why: str) -> TrainerError:
+    return TrainerError(
+        "MODEL_NOT_FETCHED",
+        f"The base model could not be fetched: {why}.",
+        "It is tried again by itself; if that does not help, check the workers' free disk space and their network.",
     )
 
 

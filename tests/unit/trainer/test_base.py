@@ -1,19 +1,31 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from trainer import base
 from trainer.base import context_length, prepare_base, stop_ids
 from trainer.config import BaseModel, BaseModelSource
 from trainer.errors import TrainerError
+from trainer.protocol import USER_FAULTS
 
 
 def model(kind: str, location: Path | str) -> BaseModel:
@@ -135,11 +147,42 @@ def test_a_verdict_fetches_no_weights(tiny: Path, tmp_path: Path, monkeypatch: p
     assert prepare_base(model("hub", "a/b"), tmp_path, weights=False) == whole != folder
 
 
-def test_a_hub_model_with_code_or_out_of_reach_leaves_nothing_behind(
+def test_a_hub_model_with_code_leaves_nothing_behind(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(tiny, monkeypatch, "modeling_x.py")
+    Hub(tiny, monkeypatch, "modeling_x.py")
     assert code_of(model("hub", "a/b"), tmp_path) == "MODEL_REFUSED"
-    hub.failure = OSError("no route")
-    assert code_of(model("hub", "a/b"), tmp_path) == "MODEL_UNAVAILABLE"
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+    request: Any = SimpleNamespace(url="https://hub/api/models/a/b")
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=request)
+    return kind(f"{status}", response=response)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "tried_again"),
+    [
+        (answered(404, RepositoryNotFoundError), "MODEL_UNAVAILABLE", False),
+        (answered(404, RevisionNotFoundError), "MODEL_UNAVAILABLE", False),
+        (answered(401), "MODEL_UNAVAILABLE", False),
+        (answered(403, GatedRepoError), "MODEL_UNAVAILABLE", False),
+        (HFValidationError("a//b"), "MODEL_UNAVAILABLE", False),
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE=1"), "MODEL_UNAVAILABLE", False),
+        (answered(429), "MODEL_NOT_FETCHED", True),
+        (answered(500), "MODEL_NOT_FETCHED", True),
+        (answered(503), "MODEL_NOT_FETCHED", True),
+        (LocalEntryNotFoundError("the network went away"), "MODEL_NOT_FETCHED", True),
+        (OSError(errno.ENOSPC, "No space left on device"), "MODEL_NOT_FETCHED", True),
+    ],
+    ids=str,
+)
+def test_only_a_model_that_is_not_there_is_the_users_fault(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, code: str, tried_again: bool
+) -> None:
+    hub = Hub(tiny, monkeypatch)
+    hub.failure = failure
+    assert code_of(model("hub", "a/b"), tmp_path) == code
+    assert (code not in USER_FAULTS) is tried_again
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
