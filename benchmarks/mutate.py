@@ -1,7 +1,8 @@
 """Weaken the code, one named way at a time, in a copy of the checkout: each time a named test must fail.
 
-A weakening is noticed when one of its tests fails. A module that cannot be imported, a name that is not there, a test
-that cannot be found or a fixture that breaks notices nothing. Unweakened, all tests must pass.
+A weakening is noticed when one of its tests fails. A module that cannot be imported, a name or attribute that is not
+there, a call that does not fit, a test that cannot be found or a fixture that breaks notices nothing. Unweakened, all
+tests must pass.
 Ends with 1 when a mutation survives.
 """
 
@@ -27,8 +28,16 @@ from benchmarks.report import ROOT
 
 COPIED = ("configs", "control_plane", "docker", "scheduler", "tests", "trainer", "README.md", "pyproject.toml")
 LONGEST_S = 300
-NO_VERDICT = ("NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "SyntaxError")
-"""Failures that say of the weakened code only that it is no code."""
+NO_VERDICT = (
+    "AttributeError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "NameError",
+    "SyntaxError",
+    "TypeError",
+    "UnboundLocalError",
+)
+"""Failures that say of the weakened code only that it is no code, or crashes."""
 
 
 class Verdict(NamedTuple):
