@@ -75,6 +75,10 @@ gets no further has a cause that another try does not remove."""
 RETRY_PAUSES_S = (2.0, 10.0, 60.0)
 
 
+LAPSED = "ALLOWANCE_LAPSED"
+"""Exit reason of an attempt that stopped because nobody was there to grant it what the budget would have paid for."""
+
+
 def may(source: Status, target: Status) -> bool:
     return target in LEGAL[source]
 
@@ -94,6 +98,13 @@ def after_attempt(outcome: Outcome, stop_reason: StopReason | None, faults: int)
         case Outcome.STOPPED:
             return AFTER_STOP[stop_reason] if stop_reason else S.QUEUED
         case Outcome.FAULT:
-            if stop_reason in (StopReason.CANCEL, StopReason.PAUSE, StopReason.BUDGET):
+            if stop_reason in (StopReason.CANCEL, StopReason.PAUSE):
                 return AFTER_STOP[stop_reason]
-            return S.QUEUED if faults <= MAX_FAULT_RETRIES else S.FAILED
+            if faults > MAX_FAULT_RETRIES:
+                return S.FAILED
+            return AFTER_STOP[stop_reason] if stop_reason else S.QUEUED
+
+
+def was_lost(outcome: Outcome | None, exit_reason: str | None) -> bool:
+    """The platform ended the attempt, so the next one's loading is the platform's to bear."""
+    return outcome is Outcome.FAULT or exit_reason in (StopReason.PREEMPT, LAPSED)

@@ -13,14 +13,14 @@ from control_plane.db import Database
 from control_plane.services.catalog import Catalog, GpuType
 from control_plane.services.lifecycle import transition
 from control_plane.settings import Settings
-from control_plane.states import Outcome, Status, StopReason, WorkKind
+from control_plane.states import Outcome, Status, WorkKind, was_lost
 from control_plane.tables import Attempt, Dataset, ModelArtifact, TrainingJob, Verdict
 from scheduler import ledger, retention
 from scheduler.executor import AttemptSpec, Demand, Ending, Executor, ResumePoint, Stage
 from scheduler.finish import claim, finish
 from scheduler.lease import Lease
 from scheduler.tracking import Tracking
-from scheduler.work import AnyWork, attempt_of, get_work
+from scheduler.work import AnyWork, attempt_name, attempt_of, get_work
 from trainer.config import BaseModel, Hyperparameters, TrainConfig, VerdictConfig
 
 log = logging.getLogger(__name__)
@@ -103,10 +103,10 @@ class Dispatcher:
                 work_kind=kind,
                 work_id=work.id,
                 number=work.attempt,
-                actor_name=f"{work.id}/{work.attempt}",
+                actor_name=attempt_name(work),
                 lease_epoch=self._lease.epoch,
                 resumed_from=saved[0].id if saved else None,
-                recovery=previous is not None and _was_lost(previous),
+                recovery=previous is not None and was_lost(previous.outcome, previous.exit_reason),
             )
             session.add(attempt)
             if isinstance(work, TrainingJob):
@@ -213,8 +213,3 @@ async def _last_attempt(session: AsyncSession, work: AnyWork) -> Attempt | None:
     if work.attempt == 0 and isinstance(work, TrainingJob) and work.retry_of is not None:
         return await attempt_of(session, await session.get_one(TrainingJob, work.retry_of))
     return await attempt_of(session, work)
-
-
-def _was_lost(previous: Attempt) -> bool:
-    """The attempt was ended by the platform, so the next one's loading is the platform's to bear."""
-    return previous.outcome is Outcome.FAULT or previous.exit_reason == StopReason.PREEMPT

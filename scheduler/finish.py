@@ -14,6 +14,7 @@ from control_plane.services.lifecycle import append_event, note, stronger, trans
 from control_plane.services.notifications import notify
 from control_plane.states import (
     ACTIVE,
+    LAPSED,
     MAX_FAULT_RETRIES,
     RETRY_PAUSES_S,
     Outcome,
@@ -69,7 +70,7 @@ async def finish(session: AsyncSession, claimed: Claimed, ending: Ending) -> Non
     faults = await _faults_in_a_row(session, work)
     target = after_attempt(outcome, reason, faults)
     if target is Status.PAUSED and reason is StopReason.BUDGET and isinstance(work, TrainingJob):
-        target = await _at_the_ceiling(session, work)
+        target = await _at_the_ceiling(session, work, attempt)
     work.retry_count += outcome is Outcome.FAULT
     match target:
         case Status.COMPLETED:
@@ -102,9 +103,21 @@ async def _faults_in_a_row(session: AsyncSession, work: AnyWork) -> int:
     return row
 
 
-async def _at_the_ceiling(session: AsyncSession, job: TrainingJob) -> Status:
-    """Where a job goes whose allowance ran out: on, when the budget pays for more of it."""
-    return Status.QUEUED if await paused.secure(session, job) else Status.PAUSED
+async def _at_the_ceiling(session: AsyncSession, job: TrainingJob, attempt: Attempt) -> Status:
+    """Where a job goes whose allowance ran out: on, when the budget pays for more of it. Then no scheduler was there to
+    grant it, and that is the platform's doing."""
+    if not await paused.secure(session, job):
+        return Status.PAUSED
+    if attempt.outcome is Outcome.STOPPED:
+        attempt.exit_reason = LAPSED
+        await note(session, job, "WARNING", _LAPSED_TOLD.format(attempt.number))
+    return Status.QUEUED
+
+
+_LAPSED_TOLD = (
+    "Attempt {} stopped because no scheduler was there to grant it more GPU time. The job goes on from its last "
+    "checkpoint; loading it again is not billed."
+)
 
 
 async def _pause(session: AsyncSession, work: AnyWork, attempt: Attempt, reason: StopReason | None) -> None:

@@ -32,6 +32,11 @@ async def queued(session: AsyncSession, kind: WorkKind) -> list[AnyWork]:
     return cast("list[AnyWork]", list(await session.scalars(select(table).where(table.status == Status.QUEUED))))
 
 
+def attempt_name(work: AnyWork) -> str:
+    """Of the work's current attempt, and of its supervisor in the cluster."""
+    return f"{work.id}/{work.attempt}"
+
+
 async def attempt_of(session: AsyncSession, work: AnyWork) -> Attempt | None:
     """The work's current attempt, ended or not."""
     found: Attempt | None = await session.scalar(

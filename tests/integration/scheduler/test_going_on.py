@@ -310,3 +310,44 @@ async def test_one_that_gets_no_further_does_not(house: House) -> None:
             house.executor.end(name, Outcome.FAULT, code="RANK_DIED", message="no")
         job = await house.until_job(job_id, "FAILED")
     assert (job.retry_count, job.error_code) == (4, "RANK_DIED")
+
+
+@pytest.mark.parametrize("budget_s", [None, 1_000])
+async def test_reloading_after_nobody_was_there_to_extend_the_allowance_is_not_billed(
+    house: House, budget_s: int | None
+) -> None:
+    job_id = await (house.new_job() if budget_s is None else new_job(house, budget_s, 50))
+    async with house.scheduling():
+        name = await house.until_running(job_id)
+        house.executor.clock.advance(2)
+        house.train(name, 1, 5)
+        await house.until_heard(name)
+    await house.put_checkpoint(name, 5)
+    house.executor.attempts[name].stop_reason = StopReason.BUDGET
+    house.executor.end(name, Outcome.STOPPED)
+    async with house.scheduling():
+        name = await house.until_running(job_id, 2)
+        house.executor.clock.advance(3)
+        house.train(name, 6, 20)
+        house.complete(name)
+        job = await house.until_job(job_id, "COMPLETED")
+    first, second = await house.attempts(job_id)
+    assert (first.exit_reason, second.recovery, job.retry_count) == ("ALLOWANCE_LAPSED", True, 0)
+    assert job.final_cost_microusd == (2 + 20) * SECOND
+    async with house.database.read() as session:
+        said = list(await session.scalars(select(JobLog.message)))
+    assert any("loading it again is not billed" in message for message in said)
+    await in_order(house)
+
+
+async def test_faults_at_the_ceiling_are_counted(house: House) -> None:
+    """An attempt that does not stop when its allowance is used up is ended by force, each time again."""
+    job_id = await house.new_job()
+    async with house.scheduling():
+        for number in range(1, MAX_FAULT_RETRIES + 2):
+            name = await house.until_running(job_id, number)
+            house.executor.attempts[name].stop_reason = StopReason.BUDGET
+            house.executor.end(name, Outcome.FAULT, code="OVER_ALLOWANCE", message="not stopped")
+        job = await house.until_job(job_id, "FAILED")
+    assert (job.retry_count, job.error_code) == (MAX_FAULT_RETRIES + 1, "OVER_ALLOWANCE")
+    await in_order(house)

@@ -613,16 +613,6 @@ async def test_the_allowance_follows_the_use_and_the_budget(house: House) -> Non
     await in_order(house)
 
 
-async def test_an_allowance_that_ran_out_alone_queues_again(house: House) -> None:
-    job_id = await house.new_job()
-    async with house.scheduling():
-        name = await house.until_running(job_id)
-        house.executor.attempts[name].stop_reason = StopReason.BUDGET
-        house.executor.end(name, Outcome.STOPPED)
-        await house.until_running(job_id, 2)
-    assert not (await house.attempts(job_id))[1].recovery
-
-
 async def test_an_orderly_end_leaves_running_work_alone(house: House) -> None:
     job_id = await house.new_job()
     async with house.scheduling():

@@ -61,6 +61,8 @@ def test_terminal_states_have_no_way_out() -> None:
         (Outcome.FAULT, StopReason.CANCEL, MAX_FAULT_RETRIES + 1, Status.CANCELLED),
         (Outcome.FAULT, StopReason.PAUSE, 1, Status.PAUSED),
         (Outcome.FAULT, StopReason.PREEMPT, 1, Status.QUEUED),
+        (Outcome.FAULT, StopReason.BUDGET, MAX_FAULT_RETRIES, Status.PAUSED),
+        (Outcome.FAULT, StopReason.BUDGET, MAX_FAULT_RETRIES + 1, Status.FAILED),
     ],
 )
 def test_where_an_ended_attempt_leads(outcome: Outcome, reason: StopReason | None, faults: int, status: Status) -> None:
