@@ -159,20 +159,6 @@ async def covered_ms(session: AsyncSession, job: Job) -> int | None:
     return _ms_for(await _hold_microusd(session, job.id) + min(free, 0), job)
 
 
-async def payable_ms(session: AsyncSession, job: Job) -> int | None:
-    """Billed GPU-milliseconds that the job's hold and the team's free budget pay for; None: no budget is set."""
-    free = await budget.available(session, job.team_id)
-    if free is None or job.price_microusd_per_hour == 0:
-        return None
-    return _ms_for(max(await _hold_microusd(session, job.id), job.current_cost_microusd) + free, job)
-
-
-async def can_go_on(session: AsyncSession, job: Job) -> bool:
-    """Whether the budget pays for more of the job than it has been billed for."""
-    limit = await payable_ms(session, job)
-    return limit is None or limit > await _billed_ms(session, job.id)
-
-
 def _ms_for(amount_microusd: int, job: Job) -> int:
     return max(0, amount_microusd) * MS_PER_HOUR // job.price_microusd_per_hour
 

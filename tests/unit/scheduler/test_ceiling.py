@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from control_plane.db import Database
-from control_plane.services import budget
+from control_plane.services import budget, paused
 from control_plane.states import Outcome, StopReason
 from control_plane.tables import Attempt, BudgetHold, CostRecord, TrainingJob, base
 from scheduler import ledger
@@ -45,12 +46,16 @@ class Team:
         self.jobs: list[Running] = []
 
     async def begin(self, limit: int | None, holds: list[int], gpu_count: int = 1) -> None:
+        """Jobs half way through, with a checkpoint after every step."""
+        progress: dict[str, Any] = {"total_steps": 200, "total_epochs": 200, "current_step": 100}
         async with self.database.write() as session:
             team = await make_team(session, budget_microusd=limit)
         self.team_id = team.id
         for hold in holds:
             async with self.database.write() as session:
-                job, attempt = await make_running_job(session, team=team, held_microusd=hold, gpu_count=gpu_count)
+                job, attempt = await make_running_job(
+                    session, team=team, held_microusd=hold, gpu_count=gpu_count, **progress
+                )
             self.jobs.append(Running((job.id, attempt.id)))
 
     async def hear(self, job: Running) -> None:
@@ -86,7 +91,7 @@ class Team:
 
     async def can_go_on(self, job: Running) -> bool:
         async with self.database.read() as session:
-            return await ledger.can_go_on(session, await session.get_one(TrainingJob, job.ids[0]))
+            return (await paused.means(session, await session.get_one(TrainingJob, job.ids[0]))).sufficient
 
     async def held(self, job: Running) -> int:
         async with self.database.read() as session:

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from control_plane.db import Database
+from control_plane.services import paused
 from control_plane.states import Outcome, Status, StopReason
 from control_plane.tables import AttemptUsage, Checkpoint, CostRecord, TrainingJob
 from scheduler import ledger
@@ -178,10 +179,12 @@ async def test_the_allowance_grows_with_use_and_stops_at_the_hold(database: Data
         assert await ledger.allowance_ms(session, *poor, ahead_ms=1_800_000) == 40_000
         await ledger.reserve(session, poor[0], ahead_ms=1_800_000)
         assert await ledger.allowance_ms(session, *poor, ahead_ms=1_800_000) == 100_000
-        assert await ledger.can_go_on(session, poor[0])
+        assert (await paused.means(session, poor[0])).left == 10_000
         await ledger.record(session, poor[1], {"0": {"training": 100_000}})
-        assert not await ledger.can_go_on(session, poor[0])
-        assert await ledger.can_go_on(session, rich[0])
+        await ledger.post(session, *poor)
+        assert (await paused.means(session, poor[0])).left == 0
+        assert not (await paused.means(session, poor[0])).sufficient
+        assert (await paused.means(session, rich[0])).left is None
 
 
 async def test_time_absorbed_before_leaves_the_allowance(database: Database) -> None:
