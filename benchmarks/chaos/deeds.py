@@ -24,12 +24,14 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Fault:
-    """``part`` has ``deed`` done to it. ``ends_attempt``: the job needs another attempt; None: it may."""
+    """``part`` has ``deed`` done to it. ``ends_attempt``: a job that trains needs another attempt; None: it may.
+    ``only_in``: the one flavour of installation that has such a part."""
 
     deed: str
     part: str
     hold_s: float = 0.0
     ends_attempt: bool | None = False
+    only_in: str | None = None
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class NotDone(Exception):
 
 ENDING = ("child", "rank", "supervisor", "raylet", "head", "node")
 KILLS = tuple(
-    Fault("kill", part, ends_attempt=part in ENDING) for part in ("api", "scheduler", "standby", "mlflow", *ENDING)
+    Fault("kill", part, ends_attempt=part in ENDING, only_in="production" if part == "node" else None)
+    for part in ("api", "scheduler", "standby", "mlflow", *ENDING)
 )
 STOPS = (
     Fault("stop", "api", 2.5),
@@ -58,37 +61,51 @@ STOPS = (
     Fault("stop", "child", 6),
     Fault("stop", "raylet", 6),
     Fault("stop", "head", 6),
-    Fault("stop", "node", 6),
+    Fault("stop", "node", 6, only_in="production"),
     Fault("hang", "api"),
 )
 OTHERS = (
     Fault("fill", "disk", 5, ends_attempt=None),
-    Fault("slow", "store", 12),
-    Fault("fail", "store", 10),
-    Fault("away", "database", 6),
+    Fault("slow", "store", 12, only_in="production"),
+    Fault("fail", "store", 10, only_in="production"),
+    Fault("away", "database", 6, only_in="production"),
+    Fault("lock", "database", 3, only_in="embedded"),
 )
 
 
+@dataclass
+class Scene:
+    """Where deeds are done."""
+
+    installation: Installation
+    silences: Silences
+    find_s: float = 60.0
+    """How long a part may be looked for: it may just be starting."""
+
+    def victim(self, part: str) -> psutil.Process:
+        return victims.find(self.installation, part, self.find_s)
+
+
 @contextmanager
-def done(installation: Installation, fault: Fault, silences: Silences) -> Iterator[None]:
+def done(scene: Scene, fault: Fault) -> Iterator[None]:
     """Within it, the deed is done. Raises NotDone, LookupError (nobody to do it to)."""
-    with _DEEDS[fault.deed](installation, fault, silences):
+    with _DEEDS[fault.deed](scene, fault):
         yield
 
 
 @contextmanager
-def _kill(installation: Installation, fault: Fault, silences: Silences) -> Iterator[None]:
-    victim = victims.find(installation, fault.part)
+def _kill(scene: Scene, fault: Fault) -> Iterator[None]:
+    victim = scene.victim(fault.part)
     if fault.part == "api":
-        silences.api_deaths.append(time.monotonic())
+        scene.silences.api_deaths.append(time.monotonic())
     victim.send_signal(signal.SIGKILL)
     _seen(lambda: not victims.lives(victim), f"{victim} is dead")
     yield
 
 
 @contextmanager
-def _stop(installation: Installation, fault: Fault, _silences: Silences) -> Iterator[None]:
-    stopped = victims.whole(installation, fault.part)
+def _stop(scene: Scene, fault: Fault) -> Iterator[None]:
+    stopped = victims.whole(scene.victim(fault.part), fault.part)
     try:
         for process in stopped:
             process.send_signal(signal.SIGSTOP)
@@ -101,19 +118,21 @@ def _stop(installation: Installation, fault: Fault, _silences: Silences) -> Iter
 
 
 @contextmanager
-def _hang(installation: Installation, fault: Fault, silences: Silences) -> Iterator[None]:
+def _hang(scene: Scene, fault: Fault) -> Iterator[None]:
     """Stopped for good: the watcher must see it and start another."""
-    victim = victims.find(installation, fault.part)
+    victim = scene.victim(fault.part)
+    begun = time.monotonic()
     victim.send_signal(signal.SIGSTOP)
     _seen(lambda: victim.status() == psutil.STATUS_STOPPED, f"{victim} stands still")
     _seen(lambda: not victims.lives(victim), f"{victim} was ended by its watcher", 60)
-    silences.api_deaths.append(time.monotonic())
+    scene.silences.api_hung.append((begun, time.monotonic()))
+    scene.silences.api_deaths.append(time.monotonic())
     yield
 
 
 @contextmanager
-def _fill(installation: Installation, _fault: Fault, _silences: Silences) -> Iterator[None]:
-    ballast = installation.data_dir / "ballast"
+def _fill(scene: Scene, _fault: Fault) -> Iterator[None]:
+    ballast = scene.installation.data_dir / "ballast"
     try:
         with suppress(OSError), ballast.open("wb", buffering=0) as file:
             while True:
@@ -135,26 +154,35 @@ def _top_up(ballast: Path) -> None:
 
 
 @contextmanager
-def _trouble(installation: Installation, fault: Fault, _silences: Silences) -> Iterator[None]:
+def _trouble(scene: Scene, fault: Fault) -> Iterator[None]:
     """The object store is slow, or fails."""
-    assert installation.store
-    proxy = installation.store.proxy
+    assert scene.installation.store
+    proxy = scene.installation.store.proxy
     with _mood(proxy, Mood.SLOW if fault.deed == "slow" else Mood.FAILING):
         yield
 
 
 @contextmanager
-def _away(installation: Installation, _fault: Fault, silences: Silences) -> Iterator[None]:
+def _away(scene: Scene, _fault: Fault) -> Iterator[None]:
+    assert scene.installation.postgres
     begun = time.monotonic()
     try:
-        if installation.postgres:
-            with _mood(installation.postgres.proxy, Mood.AWAY):
-                yield
-        else:
-            with _locked(installation.data_dir / "brightrun.sqlite3"):
-                yield
+        with _mood(scene.installation.postgres.proxy, Mood.AWAY):
+            yield
     finally:
-        silences.database_away.append((begun, time.monotonic()))
+        scene.silences.database_away.append((begun, time.monotonic()))
+
+
+@contextmanager
+def _lock(scene: Scene, _fault: Fault) -> Iterator[None]:
+    """Somebody else has SQLite's file to himself: all wait, and nobody is refused."""
+    connection = sqlite3.connect(scene.installation.data_dir / "brightrun.sqlite3", timeout=30, isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+        connection.execute("ROLLBACK")
+    finally:
+        connection.close()
 
 
 @contextmanager
@@ -169,17 +197,6 @@ def _mood(proxy: Proxy, mood: Mood) -> Iterator[None]:
         proxy.mood = Mood.HONEST
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    connection = sqlite3.connect(file, timeout=30, isolation_level=None)
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-        yield
-        connection.execute("ROLLBACK")
-    finally:
-        connection.close()
-
-
 def _seen(condition: Callable[[], bool], what: str, timeout_s: float = SEEN_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -188,4 +205,13 @@ def _seen(condition: Callable[[], bool], what: str, timeout_s: float = SEEN_S) -
         time.sleep(0.02)
 
 
-_DEEDS = {"kill": _kill, "stop": _stop, "hang": _hang, "fill": _fill, "slow": _trouble, "fail": _trouble, "away": _away}
+_DEEDS = {
+    "kill": _kill,
+    "stop": _stop,
+    "hang": _hang,
+    "fill": _fill,
+    "slow": _trouble,
+    "fail": _trouble,
+    "away": _away,
+    "lock": _lock,
+}

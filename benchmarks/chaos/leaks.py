@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 
-from benchmarks.chaos import sandbox
+from benchmarks.chaos import sandbox, victims
 from benchmarks.chaos.installation import Installation
 
 SETTLE_S = 120.0
@@ -39,11 +40,16 @@ def ledger_violations(installation: Installation) -> list[str]:
     return [] if done.returncode == 0 else [f"ledger verify: {done.stdout} {done.stderr}"]
 
 
+def of_attempts(installation: Installation) -> list[str]:
+    """Trainers, ranks and supervisors that outlive their jobs, and processes that stand still."""
+    return _settled(lambda: [_told(process) for process in victims.of_attempts(installation)])
+
+
 def left_in(installation: Installation) -> list[str]:
     """Ray names, slots, running MLflow runs and work folders that stay although every job is over."""
     found: list[str] = []
     for look in (_in_ray, _in_mlflow, _in_folders):
-        found += _settled(lambda look=look: look(installation))
+        found += _settled(partial(look, installation))
     return found
 
 

@@ -38,9 +38,6 @@ class Node:
             return process
         raise LookupError("the node is not up")
 
-    def processes(self) -> list[psutil.Process]:
-        return [self.init, *self.init.children(recursive=True)]
-
     def close(self) -> None:
         self.kept.close()
         self._way.close()

@@ -10,16 +10,18 @@ from contextlib import suppress
 import psutil
 from sqlalchemy import select
 
+from benchmarks.chaos import sandbox
 from benchmarks.chaos.installation import Installation
+from control_plane.cli.processes import family, folder_mark
 from control_plane.db import Database
 from control_plane.tables import SchedulerLease
 
-FIND_S = 60
+TITLE = "ray::"
 
 
-def find(installation: Installation, part: str) -> psutil.Process:
+def find(installation: Installation, part: str, timeout_s: float) -> psutil.Process:
     """The process of a part; waited for a while, since a part may just be starting. Raises LookupError."""
-    deadline = time.monotonic() + FIND_S
+    deadline = time.monotonic() + timeout_s
     while True:
         with suppress(LookupError, psutil.NoSuchProcess):
             return _find(installation, part)
@@ -28,12 +30,29 @@ def find(installation: Installation, part: str) -> psutil.Process:
         time.sleep(0.1)
 
 
-def whole(installation: Installation, part: str) -> list[psutil.Process]:
+def is_there(installation: Installation, part: str) -> bool:
+    try:
+        return bool(find(installation, part, 0))
+    except LookupError:
+        return False
+
+
+def whole(victim: psutil.Process, part: str) -> list[psutil.Process]:
     """All processes that are the part, or that do its work: what must stand still together."""
-    victim = find(installation, part)
     if part in ("mlflow", "node"):
         return [victim, *victim.children(recursive=True)]
     return [victim]
+
+
+def of_attempts(installation: Installation) -> list[psutil.Process]:
+    """Trainers, ranks and supervisors that live, and whatever else stands still."""
+    found = [p for p in installation.house.trainer_children() if lives(p)]
+    for process in _ours(installation):
+        actor = _title(process).startswith((f"{TITLE}Rank", f"{TITLE}Supervisor"))
+        with suppress(psutil.NoSuchProcess):
+            if actor or process.status() == psutil.STATUS_STOPPED:
+                found.append(process)
+    return found
 
 
 def child(installation: Installation) -> psutil.Process | None:
@@ -48,37 +67,47 @@ def lives(process: psutil.Process) -> bool:
 
 
 def _find(installation: Installation, part: str) -> psutil.Process:
+    ours = _ours(installation)
     match part:
         case "api":
-            return _by_line("control_plane.cli", "serve")
+            return _the(p for p in ours if _runs(p, "control_plane.cli", "serve"))
         case "mlflow":
-            return _by_line("mlflow", "server")
+            return _the(p for p in ours if _runs(p, "mlflow", "server"))
         case "scheduler" | "standby":
             leader = asyncio.run(_holder(installation.database_url))
-            ours = (p for p in _all("python") if p.cmdline()[1:3] == ["-m", "scheduler"])
-            return _the(p for p in ours if (p.pid == leader) is (part == "scheduler"))
+            return _the(p for p in ours if _runs(p, "scheduler") and (p.pid == leader) is (part == "scheduler"))
         case "supervisor":
-            return _the((p for p in psutil.process_iter() if _title(p).startswith("ray::Supervisor")), alone=True)
+            return _the((p for p in ours if _title(p).startswith(f"{TITLE}Supervisor")), alone=True)
+        case "rank":
+            return _the((p for p in ours if _title(p).startswith(f"{TITLE}Rank")), alone=True)
+        case "raylet":
+            return _the(p for p in _find(installation, "rank").parents() if p.name() == "raylet")
         case "head":
-            return _the(_all("gcs_server"))
+            return _the(p for p in ours if p.name().startswith("gcs_server"))
         case "node":
             assert installation.node
             return installation.node.init
-    trainer = child(installation)
-    if trainer is None:
-        raise LookupError("no trainer")
-    match part:
         case "child":
-            return trainer
-        case "rank":
-            return _the(p for p in trainer.parents() if _title(p).startswith("ray::"))
-        case "raylet":
-            return _the(p for p in trainer.parents() if p.name() == "raylet")
+            return _the(installation.house.trainer_children())
     raise ValueError(part)
 
 
-def _by_line(*words: str) -> psutil.Process:
-    return _the(p for p in _all("python") if set(words) <= set(p.cmdline()) and p.ppid() != 1)
+def _ours(installation: Installation) -> Iterable[psutil.Process]:
+    """In a sandbox all are; else what descends from the installation's parts."""
+    if sandbox.is_inside():
+        return list(psutil.process_iter())
+    found = family(folder_mark(installation.data_dir))
+    with suppress(psutil.NoSuchProcess):
+        standby = psutil.Process(installation.standby.process.pid)
+        found |= {standby, *standby.children(recursive=True)}
+    return found
+
+
+def _runs(process: psutil.Process, *words: str) -> bool:
+    """``python -m WORDS …``"""
+    with suppress(psutil.Error):
+        return process.name().startswith("python") and process.cmdline()[1 : 2 + len(words)] == ["-m", *words]
+    return False
 
 
 def _the(found: Iterable[psutil.Process], *, alone: bool = False) -> psutil.Process:
@@ -86,15 +115,6 @@ def _the(found: Iterable[psutil.Process], *, alone: bool = False) -> psutil.Proc
     if not living or (alone and len(living) > 1):
         raise LookupError(f"{len(living)} processes")
     return living[0]
-
-
-def _all(name: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.name().startswith(name) and process.cmdline():
-                found.append(process)
-    return found
 
 
 def _title(process: psutil.Process) -> str:

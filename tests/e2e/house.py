@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -246,24 +246,38 @@ def jsonl(rows: Any) -> bytes:
 
 RAY_TIMES = """
 import json, sys, ray
-from ray._private import state
+from ray._private import state, worker
 ray.init(address=sys.argv[1], namespace="brightrun", logging_level="ERROR", log_to_driver=False)
 actors = [actor for actor in state.actors().values() if actor["Name"].startswith(sys.argv[2])]
-print(json.dumps([(actor["Name"], int(actor["StartTime"]), int(actor["EndTime"])) for actor in actors]))
+times = [(actor["Name"], int(actor["StartTime"]), int(actor["EndTime"])) for actor in actors]
+print(json.dumps([worker.global_worker.gcs_client.cluster_id.hex(), times]))
 """
 
 
-def held_ms_by_ray(house: House, job_id: str) -> dict[str, int]:
-    """Rank actor name → milliseconds it lived, straight from Ray's actor table, by none of our code."""
+class RayTimes(NamedTuple):
+    """From the actor table of the cluster that is there now: it knows nothing of those before it."""
+
+    cluster_id: str
+    held_ms: dict[str, int]
+    """Rank actor name → milliseconds it lived; 0 while it lives."""
+
+
+def held_ms_by_ray(house: House, job_id: str) -> RayTimes:
+    """Straight from Ray, by none of our code. Raises RuntimeError when it cannot be asked."""
     env = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(house.data_dir / "ray_token"),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps 127.0.0.1 as it is given
     }
     address = house.answer["rayAddress"]
-    done = subprocess.run(
-        [sys.executable, "-c", RAY_TIMES, address, job_id], env=env, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout.strip().splitlines()[-1])
-    return {name: end - start for name, start, end in rows if name.split("/")[-1].startswith("r")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", RAY_TIMES, address, job_id], env=env, capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError("Ray does not answer") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"Ray cannot be asked: {done.stderr[-2000:]}")
+    cluster_id, rows = json.loads(done.stdout.strip().splitlines()[-1])
+    ranks = [row for row in rows if row[0].split("/")[-1].startswith("r")]
+    return RayTimes(cluster_id, {name: max(0, end - start) for name, start, end in ranks})

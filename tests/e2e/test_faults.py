@@ -40,11 +40,22 @@ def jobs(told: dict[str, Any]) -> list[dict[str, Any]]:
     return [job for house in told["houses"] for job in house["jobs"]]
 
 
-def test_every_part_was_killed_while_a_job_ran(told: dict[str, Any]) -> None:
-    faults = [injected["fault"] for house in told["houses"] for injected in house["injected"]]
+@pytest.fixture(scope="module")
+def strikes(told: dict[str, Any]) -> list[dict[str, Any]]:
+    return [strike for house in told["houses"] for strike in house["injected"]]
+
+
+def test_every_part_was_killed_while_a_job_was_there(told: dict[str, Any], strikes: list[dict[str, Any]]) -> None:
+    faults = [fault for strike in strikes for fault in strike["faults"]]
     assert told["kills"] == KILLS == sum(fault.startswith("kill ") for fault in faults)
     assert {fault.removeprefix("kill ") for fault in faults} >= KINDS
     assert len(faults) > KILLS, "no other faults"
+    assert {strike["status"] for strike in strikes} <= {"QUEUED", "INITIALIZING", "RUNNING"}
+
+
+def test_they_came_in_more_than_one_phase_of_a_job(strikes: list[dict[str, Any]]) -> None:
+    assert {strike["phase"] for strike in strikes} > {"training", "loading"}
+    assert any(strike["status"] != "RUNNING" for strike in strikes)
 
 
 def test_every_job_completed_with_the_unbroken_adapter(jobs: list[dict[str, Any]]) -> None:
@@ -54,8 +65,11 @@ def test_every_job_completed_with_the_unbroken_adapter(jobs: list[dict[str, Any]
     assert len({job["sha256"] for job in jobs}) == 1
 
 
-def test_what_was_held_was_billed_or_absorbed(jobs: list[dict[str, Any]]) -> None:
-    assert sum(job["compared"] for job in jobs) > len(jobs) / 2
+def test_what_was_held_was_billed_or_absorbed(jobs: list[dict[str, Any]], strikes: list[dict[str, Any]]) -> None:
+    heads = sum("kill head" in strike["faults"] for strike in strikes)
+    assert sum(job["forgotten"] for job in jobs) <= heads
+    assert sum(job["compared"] for job in jobs) >= len(jobs)
+    assert sum(job["faults"] for job in jobs) > 3
     assert max(job["worst_difference_ms"] for job in jobs) <= 250
     assert any(job["absorbed_ms"] > 0 for job in jobs)
     assert all(job["billed_ms"] > 0 for job in jobs)
@@ -67,11 +81,15 @@ def test_nothing_was_left(told: dict[str, Any]) -> None:
 
 def test_the_probe_missed_no_answer_but_after_a_death_of_the_api(told: dict[str, Any]) -> None:
     for house in told["houses"]:
-        assert house["questions"] > 100
+        assert house["questions_per_s"] >= 4.5
         assert house["bad_answers"] == []
+        assert max(house["api_back_s"]) <= 5.0
 
 
 def test_the_command_says_that_all_is_well(told: dict[str, Any]) -> None:
+    if told["skipped"]:
+        assert not told["well"]
+        pytest.skip(f"this machine does not allow {told['skipped']}")
     assert told["well"]
     assert told["versions"]["ray"]
     assert told["seed"] == SEED
