@@ -70,7 +70,7 @@ def simulate(seed: int, *, whole_trace: bool = False) -> Result:
     result = Result(seed)
     gc.disable()
     try:
-        _in_virtual_time(world, _watched(world))
+        in_virtual_time(world, _watched(world))
     except Violated as violated:
         result.violation = str(violated)
     except Stuck:
@@ -122,7 +122,7 @@ async def _watched(world: World) -> None:
         await world.end()
 
 
-def _in_virtual_time(world: World, life: Any) -> None:
+def in_virtual_time(world: World, life: Any) -> None:
     loop = VirtualLoop(world.clock)
     loop.set_exception_handler(lambda _, context: world.note("loop", **{"message": str(context.get("message"))}))
     with _patched(world):
@@ -179,5 +179,5 @@ def inhabited_database() -> bytes:
         content.append(world.store.raw.serialize())
         await world.end()
 
-    _in_virtual_time(world, fill())
+    in_virtual_time(world, fill())
     return content[0]
