@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from control_plane.services import lifecycle
 from control_plane.states import Outcome, StopReason
 from control_plane.tables import Attempt, TrainingJob
 from scheduler import ledger, retention
-from scheduler.executor import AttemptGone, Batch, Ending, Executor, RankTimes, StaleEpoch, Unreachable
+from scheduler.executor import OVERRUN_MS, AttemptGone, Batch, Ending, Executor, RankTimes, StaleEpoch, Unreachable
 from scheduler.finish import Claimed, claim, finish, tell_cost
 from scheduler.heard import Heard, Stored, parse
 from scheduler.lease import Lease, LeaseLost
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 ANSWER_S = 15.0
 """A supervisor that takes longer to answer is asked again."""
-SILENT_POLLS = 5
+SILENT_POLLS = 3
 """Fewer polls in vain are not yet a silence."""
 FULL_BATCH = 500
 AT_ONCE = 8
@@ -53,11 +54,31 @@ class _Place(NamedTuple):
 
 
 class _Silence(NamedTuple):
-    """Polls of an attempt in vain, by the monotonic clock."""
+    """Polls of an attempt in vain."""
 
-    first: float
+    left_ms: float
+    """What the attempt could use, all ranks together, after it was last heard."""
+    ranks: int
     last: float
-    polls: int
+    """When the last of them failed, by the monotonic clock."""
+    polls: int = 1
+    seconds: float = 0.0
+    """From the first to the last, without what this process slept through itself (stopped, or starved)."""
+
+    @classmethod
+    def after(cls, place: _Place) -> _Silence:
+        used_ms = sum(sum(kinds.values()) for kinds in place.usage.values())
+        left_ms = math.inf if place.allowance_ms is None else place.allowance_ms - used_ms
+        return cls(left_ms, max(1, len(place.usage)), time.monotonic())
+
+    def longer(self) -> _Silence:
+        now = time.monotonic()
+        seconds = self.seconds + min(now - self.last, POLL_S + ANSWER_S)
+        return self._replace(last=now, polls=self.polls + 1, seconds=seconds)
+
+    @property
+    def spent(self) -> bool:
+        return self.seconds * 1000 * self.ranks > self.left_ms + OVERRUN_MS
 
 
 class Collector:
@@ -81,6 +102,7 @@ class Collector:
         self._ended = ended
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._silences: dict[str, _Silence] = {}
+        self._given_up: set[str] = set()
         self._line = asyncio.Semaphore(AT_ONCE)
 
     def follow(self, attempt_id: str, name: str, group: asyncio.TaskGroup) -> None:
@@ -92,15 +114,16 @@ class Collector:
 
     def _forget(self, attempt_id: str, name: str) -> None:
         self._tasks.pop(attempt_id, None)
+        self._given_up.discard(attempt_id)
         self._silences.pop(name, None)
 
     def silent_s(self) -> dict[str, float]:
         """How long attempts have answered nothing, by name: from the first poll in vain to the last."""
-        return {
-            name: silence.last - silence.first
-            for name, silence in self._silences.items()
-            if silence.polls >= SILENT_POLLS
-        }
+        return {name: silence.seconds for name, silence in self._silences.items() if silence.polls >= SILENT_POLLS}
+
+    def spent(self) -> frozenset[str]:
+        """Silent attempts that must have used up their allowance meanwhile, by name."""
+        return frozenset(name for name, silence in self._silences.items() if silence.spent)
 
     def forget_silences(self) -> None:
         """The cluster cannot be reached: that nobody answers says nothing."""
@@ -108,17 +131,27 @@ class Collector:
 
     async def declare_fault(self, attempt_id: str, name: str, code: str, message: str) -> None:
         """End an attempt whose supervisor is confirmed dead. Raises LeaseLost, Unreachable."""
+        if attempt_id in self._given_up:
+            return  # it is being ended, for a better known reason
         following = self._tasks.get(attempt_id)
         if following is not None:
             following.cancel()
         await self._end_as_fault(attempt_id, name, code, message)
 
+    async def release(self, name: str) -> None:
+        """End what is left of an attempt. Raises LeaseLost, StaleEpoch, Unreachable (something of it may be left)."""
+        await self._lease.check()
+        await self._executor.release(name, epoch=self._lease.epoch)
+
     async def _end_as_fault(self, attempt_id: str, name: str, code: str, message: str) -> None:
+        """What is left of it ends first: so its times are whole, and the next attempt meets nothing of it."""
+        await self.release(name)
         times = await self._times(name, [])
         ending = Ending("FAULT", code, message, times=times)
         async with self._lease.write() as session:
             claimed = await claim(session, attempt_id)
             if claimed is not None:
+                claimed.attempt.released = True
                 await finish(session, claimed, ending)
         log.warning("attempt %s is lost: %s", name, message)
         self._ended()
@@ -131,28 +164,55 @@ class Collector:
                 place = place or await self._begin(attempt_id)
                 if place.ended:
                     return
-                async with asyncio.timeout(ANSWER_S):
-                    batch = await self._poll(name, place)
-                self._silences.pop(name, None)
+                batch = await self._hear(name, place)
+                if batch is None:
+                    await pause(POLL_S)
+                    continue
                 place = await self.apply(attempt_id, name, place, batch)
                 failures = 0
                 await pause(0 if place is None or len(batch.events) >= FULL_BATCH else POLL_S)
             except (StaleEpoch, LeaseLost) as error:
                 raise LeaseLost from error
-            except (AttemptGone, Unreachable, TimeoutError):
-                before = self._silences.get(name, _Silence(time.monotonic(), 0.0, 0))
-                self._silences[name] = _Silence(before.first, time.monotonic(), before.polls + 1)
-                await pause(POLL_S)  # whether it is dead is for the look to tell
+            except Unreachable as error:
+                log.warning("the end of %s is not known yet: %s", name, error)
+                await pause(POLL_S)
             except Exception as error:
                 log.exception("events of %s could not be stored", name)
                 place = None
                 if not is_unavailable(error):
                     failures += 1
                 await pause(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
-        await self._end_as_fault(attempt_id, name, "EVENTS_REFUSED", "What the attempt told could not be stored")
+        await self._give_up(attempt_id, name)
 
-    async def _poll(self, name: str, place: _Place) -> Batch:
-        return await self._executor.poll(name, place.cursor, epoch=self._lease.epoch, allowance_ms=place.allowance_ms)
+    async def _hear(self, name: str, place: _Place) -> Batch | None:
+        """What an attempt tells; None: no answer. Whether it is dead is for the look to tell. Raises StaleEpoch."""
+        epoch, allowance_ms = self._lease.epoch, place.allowance_ms
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                batch = await self._executor.poll(name, place.cursor, epoch=epoch, allowance_ms=allowance_ms)
+        except StaleEpoch:
+            raise
+        except Exception as error:
+            if not isinstance(error, AttemptGone | Unreachable | TimeoutError):
+                log.exception("%s could not be asked", name)
+            before = self._silences.get(name)
+            self._silences[name] = before.longer() if before else _Silence.after(place)
+            return None
+        self._silences.pop(name, None)
+        return batch
+
+    async def _give_up(self, attempt_id: str, name: str) -> None:
+        """End an attempt whose events the database does not take, however often that must be tried."""
+        self._given_up.add(attempt_id)
+        while True:
+            try:
+                told = "What the attempt told could not be stored"
+                return await self._end_as_fault(attempt_id, name, "EVENTS_REFUSED", told)
+            except (StaleEpoch, LeaseLost) as error:
+                raise LeaseLost from error
+            except Exception:
+                log.exception("%s could not be ended", name)
+            await pause(LONGEST_PAUSE_S)
 
     async def _begin(self, attempt_id: str) -> _Place:
         async with self._line, self._database.read() as session:
@@ -161,7 +221,8 @@ class Collector:
             allowance_ms = None
             if isinstance(work, TrainingJob):
                 allowance_ms = await ledger.allowance_ms(session, work, attempt, self._ahead_ms * work.gpu_count)
-        return _Place(attempt.event_cursor, allowance_ms, {}, attempt.outcome is not None)
+            usage = await ledger.usage_of(session, attempt_id)
+        return _Place(attempt.event_cursor, allowance_ms, usage, attempt.outcome is not None)
 
     async def apply(self, attempt_id: str, name: str, place: _Place, batch: Batch) -> _Place | None:
         """Store a batch that was polled at ``place``; the next place. None: read it from the database again."""

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+OVERRUN_MS = 25_000
+
 
 class Demand(msgspec.Struct, frozen=True):
     """What one rank needs. ``resources`` are Ray's custom resources (``{"slot_cpu": 1}``)."""
@@ -67,7 +69,7 @@ class AttemptSpec(msgspec.Struct, frozen=True):
     """Lease epoch of the dispatching scheduler; a supervisor refuses calls with a lower one than it has seen."""
     allowance_ms: int | None = None
     """GPU-milliseconds (all ranks together) it may use until told more; None: unmetered."""
-    overrun_ms: int = 25_000
+    overrun_ms: int = OVERRUN_MS
     """So far beyond its allowance an attempt that does not stop is ended by force (``OVER_ALLOWANCE``)."""
     hang_floor_s: float = 600.0
     """A training step is given up after max(this, 20 × the median step)."""
@@ -175,8 +177,11 @@ class Executor(Protocol):
         """What Ray's actor table says of the attempt's ranks, also when the supervisor is dead."""
         ...
 
-    async def release(self, name: str) -> None:
-        """End the supervisor and whatever is left of its gang; a name that is gone is fine."""
+    async def release(self, name: str, *, epoch: int) -> None:
+        """End the supervisor and whatever is left of its gang, for certain; a name that is gone is fine.
+
+        Raises StaleEpoch, Unreachable (something of it may be left). Who answers nothing cannot refuse: hold the lease.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -127,6 +127,11 @@ class Lease:
                 raise LeaseLost
             yield session
 
+    async def check(self) -> None:
+        """Raises LeaseLost when another scheduler holds it. To be asked before what no fence refuses afterwards."""
+        async with self.write():
+            pass
+
     async def release(self) -> None:
         """Give it back at an orderly end, so that the next scheduler need not wait."""
         async with self._database.write() as session:

@@ -65,6 +65,14 @@ async def record(session: AsyncSession, attempt: Attempt, usage: Usage) -> None:
     await session.flush()
 
 
+async def usage_of(session: AsyncSession, attempt_id: str) -> Usage:
+    """What is recorded of an attempt's use."""
+    usage: Usage = {}
+    for (rank, kind), row in (await _usage_rows(session, attempt_id)).items():
+        usage.setdefault(str(rank), {})[kind] = row.gpu_ms
+    return usage
+
+
 async def post(session: AsyncSession, job: Job, attempt: Attempt, *, least_ms: int = POSTING_MS) -> bool:
     """Post what the attempt owes beyond what is posted, once it is at least ``least_ms``. True if it did."""
     posted = await _posted(session, job.id, attempt.id)

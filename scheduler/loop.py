@@ -18,7 +18,7 @@ from control_plane.services.catalog import Catalog
 from control_plane.services.lifecycle import append_event, stage_payload
 from control_plane.services.sql import insert_or_nothing
 from control_plane.settings import Settings
-from control_plane.states import Status, StopReason, WorkKind
+from control_plane.states import ACTIVE, Status, StopReason, WorkKind
 from control_plane.tables import Attempt, ClusterState, TrainingJob, now
 from scheduler import retention
 from scheduler.accrual import Accrual
@@ -48,7 +48,7 @@ from scheduler.policy import (
 )
 from scheduler.setbacks import Setbacks
 from scheduler.tracking import Tracking, TrackingDown, TrackingRefused
-from scheduler.work import get_work
+from scheduler.work import attempt_name, get_work
 
 log = logging.getLogger(__name__)
 LOOK_S = 15.0
@@ -187,6 +187,7 @@ class Scheduler:
             self._setbacks.current([work.work_id for work in waiting]),
             frozenset(self._asked),
             self._collector.silent_s(),
+            self._collector.spent(),
             self._known_s(look),
             self._settings.node_timeout_s,
         )
@@ -301,13 +302,13 @@ class Scheduler:
 
     async def _end_by_force(self, name: str) -> None:
         log.warning("%s answers nothing: it is ended", name)
-        await self._executor.release(name)
+        await self._collector.release(name)
         self._wake.set()
 
     async def _release(self, name: str, attempt_id: str | None) -> None:
         if attempt_id is None and await self._is_under_way(name):
             return
-        await self._executor.release(name)
+        await self._collector.release(name)
         async with self.lease.write() as session:
             await session.execute(
                 update(Attempt).where(Attempt.actor_name == name, Attempt.outcome.is_not(None)).values(released=True)
@@ -345,7 +346,8 @@ class Scheduler:
 async def _tell(session: AsyncSession, action: SetQueueReason | SetReconnecting) -> None:
     work = await get_work(session, action.kind, action.work_id, lock=True)
     if isinstance(action, SetReconnecting):
-        work.reconnecting = action.value
+        if work.status in ACTIVE and attempt_name(work) == action.name:
+            work.reconnecting = action.value
         return
     if work.status is not Status.QUEUED:
         return

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from control_plane.states import RETRY_PAUSES_S, StopReason, WorkKind
 from scheduler.executor import Demand, Liveness, Look
@@ -16,10 +17,12 @@ SLACK = 1e-9
 """Slack when fractional resources are compared."""
 RECONNECTING_S = 15.0
 """A supervisor that does not answer for so long is shown as reconnecting,"""
-SILENCE_S = 120.0
-"""and ended after so long, though the cluster calls it alive: then its death is certain and the work can go on;"""
-SILENCE_STOPPING_S = 30.0
-"""or after so long when it has been asked to stop."""
+SILENCE_S = 600.0
+"""and ended after so long, though the cluster calls it alive: it may well train on, with only the way to it blocked;"""
+SILENCE_SPENT_S = 120.0
+"""after so long when its allowance must be used up, so that it ought to have stopped by itself;"""
+SILENCE_STOPPING_S = 10.0
+"""or after so long when it has been asked to stop: its GPUs are to be free within 30 s."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,17 @@ class Snapshot:
     """Stops that have been passed on: (attempt name, reason)."""
     silent_s: Mapping[str, float] = field(default_factory=dict)
     """How long supervisors have answered nothing while the cluster could be reached, by attempt name."""
+    spent: frozenset[str] = frozenset()
+    """Silent attempts that must have used up their allowance by now, by name."""
     known_s: float = math.inf
     """For how long this cluster has been known under its id."""
     node_timeout_s: float = 0.0
     """For so long nodes may outlive the cluster that they belonged to."""
+
+    @cached_property
+    def unreleased(self) -> frozenset[str]:
+        """Work of which an attempt has ended, but may hold something yet."""
+        return frozenset(held.work_id for held in self.held if held.ended)
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,8 @@ class Follow:
 class SetReconnecting:
     kind: WorkKind
     work_id: str
+    name: str
+    """Of the attempt."""
     value: bool
 
 
@@ -181,7 +193,7 @@ def _tended(held: Held, snapshot: Snapshot) -> list[Action]:
     if liveness is None:
         return _unknown(held, snapshot)
     silent_s = snapshot.silent_s.get(held.name, 0.0)
-    if silent_s > (SILENCE_STOPPING_S if held.stop_requested else SILENCE_S):
+    if silent_s > _patience_s(held, snapshot):
         return [EndByForce(held.name)]
     actions: list[Action] = [
         Follow(held.attempt_id, held.name, adopt=held.cluster_id is None),
@@ -190,6 +202,13 @@ def _tended(held: Held, snapshot: Snapshot) -> list[Action]:
     if held.stop_requested and (held.name, held.stop_requested) not in snapshot.asked:
         actions.append(AskStop(held.name, held.stop_requested))
     return actions
+
+
+def _patience_s(held: Held, snapshot: Snapshot) -> float:
+    """How long a supervisor may answer nothing while the cluster calls it alive."""
+    if held.stop_requested:
+        return SILENCE_STOPPING_S
+    return SILENCE_SPENT_S if held.name in snapshot.spent else SILENCE_S
 
 
 def _unknown(held: Held, snapshot: Snapshot) -> list[Action]:
@@ -208,7 +227,7 @@ def _unknown(held: Held, snapshot: Snapshot) -> list[Action]:
 
 
 def _reconnecting(held: Held, value: bool) -> list[Action]:
-    return [SetReconnecting(held.kind, held.work_id, value)] if held.reconnecting is not value else []
+    return [SetReconnecting(held.kind, held.work_id, held.name, value)] if held.reconnecting is not value else []
 
 
 def _strays(snapshot: Snapshot) -> list[Action]:
@@ -244,6 +263,8 @@ def _obstacle(work: Waiting, snapshot: Snapshot, now: datetime) -> str | None:
         return "The cluster cannot be reached"
     if work.needs_tracking and snapshot.tracking_problem:
         return snapshot.tracking_problem
+    if work.work_id in snapshot.unreleased:
+        return "Waits until nothing is left of its last attempt"
     return snapshot.setbacks.get(work.work_id)
 
 

@@ -79,8 +79,8 @@ class Remote:
         times: list[RankTimes] = await self._call("times", name)
         return times
 
-    async def release(self, name: str) -> None:
-        await self._call("release", name)
+    async def release(self, name: str, *, epoch: int) -> None:
+        await self._call("release", name, epoch=epoch)
 
     async def close(self) -> None:
         if self._writer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import time
@@ -21,6 +20,8 @@ from scheduler.executor import AttemptGone, AttemptSpec, StaleEpoch, Unreachable
 
 NAMESPACE = "brightrun"
 RELEASE_S = 10.0
+SHUTDOWN_S = 5.0
+"""How long a supervisor may take to end its gang; then both are ended from here."""
 STRAY = re.compile(r"^.+-\d+-(r\d+|s)$")
 """The scratch folder of a rank or a supervisor."""
 
@@ -69,12 +70,14 @@ async def ask(supervisor: ActorHandle, method: str, *arguments: Any) -> Any:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
 
 
-def release(name: str, work_root: str) -> bool:
-    """End what is left of an attempt and remove its folders; whether nothing is left of it any more."""
+def release(name: str, work_root: str, epoch: int) -> bool:
+    """End what is left of an attempt and remove its folders; whether nothing is left of it any more.
+
+    Raises StaleEpoch when the supervisor has heard from a newer scheduler.
+    """
     supervisor, tidy = find(name), False
     if supervisor is not None:
-        with contextlib.suppress(RayActorError, GetTimeoutError):
-            tidy = ray.get(supervisor.shutdown.remote(), timeout=RELEASE_S)
+        tidy = _shut_down(supervisor, epoch)
         ray.kill(supervisor, no_restart=True)
     gang = [] if tidy else gcs.ranks_of(name)
     for rank in gang:
@@ -87,6 +90,18 @@ def release(name: str, work_root: str) -> bool:
             return False
         time.sleep(0.02)
     return tidy or _sweep_nodes(name, work_root, gang)
+
+
+def _shut_down(supervisor: ActorHandle, epoch: int) -> bool:
+    """Whether it ended its gang by itself. Raises StaleEpoch."""
+    try:
+        return bool(ray.get(supervisor.shutdown.remote(epoch), timeout=SHUTDOWN_S))
+    except RayTaskError as error:
+        if isinstance(error.cause, StaleEpoch):
+            raise error.cause from None
+        return False
+    except (RayActorError, GetTimeoutError):
+        return False
 
 
 def _is_gone(name: str) -> bool:

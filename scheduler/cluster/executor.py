@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from scheduler.cluster.head import driver_env
 from scheduler.cluster.watch import GRACE_S
-from scheduler.executor import AttemptGone, AttemptSpec, Batch, Liveness, Look, RankTimes, Unreachable
+from scheduler.executor import AttemptGone, AttemptSpec, Batch, Liveness, Look, RankTimes, StaleEpoch, Unreachable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -90,9 +90,9 @@ class RayExecutor:
         rows = await self._blocking(gcs.ranks_of, name, timeout_s=CALL_S)
         return [row.rank for row in rows if row.rank]
 
-    async def release(self, name: str) -> None:
+    async def release(self, name: str, *, epoch: int) -> None:
         driver = await self._driver()
-        gone = await self._blocking(driver.release, name, self._work_root, timeout_s=RELEASE_S)
+        gone = await self._blocking(driver.release, name, self._work_root, epoch, timeout_s=RELEASE_S)
         self._handles.pop(name, None)
         if not gone:
             raise Unreachable(f"{name} could not be ended yet")
@@ -186,5 +186,7 @@ class RayExecutor:
                 return await future
         except TimeoutError as error:
             raise Unreachable(f"Ray did not answer within {timeout_s:.0f} s") from error
+        except StaleEpoch:
+            raise
         except Exception as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from error

@@ -6,6 +6,7 @@ It outlives schedulers. Its placement group and its ranks do not outlive it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import traceback
 from pathlib import Path
@@ -25,12 +26,14 @@ from scheduler.cluster.watch import GRACE_S, Watch
 from scheduler.executor import AttemptSpec, Batch, Ending, RankTimes, StaleEpoch
 from trainer.config import World
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2
 RANK_ANSWER_S = 5.0
 RANK_SILENCE_S = 120.0
 """A rank that answers nothing for so long is ended, which makes its death certain."""
 PENDING_REASONS = frozenset({"NO_RESOURCES", "INFEASIBLE"})
 DEATH_S = 10.0
+"""A gang that is not gone after so long is ended once more."""
 FORCE_S = 3.0
 """How long a rank may take to end an overdue child; then the gang is ended from here."""
 
@@ -86,14 +89,18 @@ class Supervisor:
         self._fence(epoch)
         self._request_stop(StopReason(reason))
 
-    async def shutdown(self) -> bool:
-        """End the gang at once; the caller then ends this actor. Whether every rank had tidied up by itself."""
+    async def shutdown(self, epoch: int) -> bool:
+        """End the gang at once; the caller then ends this actor. Whether it left nothing. Raises StaleEpoch."""
+        self._fence(epoch)
         self._task.cancel()
         await asyncio.wait({self._task})
         await self._disband()
-        self._log.discard_spill()
-        if self._folder.is_dir():
-            self._folder.rmdir()
+        try:
+            self._log.discard_spill()
+            if self._folder.is_dir():
+                self._folder.rmdir()
+        except OSError:
+            return False
         return all(member.state == "ended" for member in self._gang)
 
     def _fence(self, epoch: int) -> None:
@@ -277,17 +284,34 @@ class Supervisor:
         return {**others, "0": stamp} if self._spec.demand.metered else {}
 
     async def _disband(self) -> list[RankTimes]:
-        """End the ranks, free their place, and read their exact times once Ray has recorded them."""
-        gang, group = self._gang, self._group
-        for member in gang:
-            ray.kill(member.handle, no_restart=True)
-        if group is not None:
-            remove_placement_group(group)
-        deadline = asyncio.get_running_loop().time() + DEATH_S
+        """End the ranks and free their place, however long that takes: until then they may hold their GPUs. Their exact
+        times, as Ray has recorded them."""
+        clock = asyncio.get_running_loop().time
+        patient = True
         while True:
-            rows = [await asyncio.to_thread(gcs.actor, member.handle._actor_id.hex()) for member in gang]
-            times = [row.rank for row in rows if row and row.dead and row.rank]
-            freed = group is None or (await asyncio.to_thread(gcs.placement, group))[0] == "REMOVED"
-            if (len(times) == len(gang) and freed) or asyncio.get_running_loop().time() > deadline:
-                return times
-            await asyncio.sleep(0.02)
+            again_at = clock() + DEATH_S
+            try:
+                self._kill_gang()
+                while clock() < again_at:
+                    times = await asyncio.to_thread(self._ends, patient)
+                    if times is not None:
+                        return times
+                    await asyncio.sleep(0.02)
+            except Exception as error:
+                log.warning("the end of %s's ranks could not be seen: %s", self._spec.name, error)
+                await asyncio.sleep(POLL_S)
+            patient = False
+
+    def _kill_gang(self) -> None:
+        for member in self._gang:
+            ray.kill(member.handle, no_restart=True)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    def _ends(self, patient: bool) -> list[RankTimes] | None:
+        """The ranks' times, if all are dead and their place is free. One that Ray does not know may be on its way to be
+        created, as long as one is ``patient``; after that it never will be."""
+        rows = [gcs.actor(member.handle._actor_id.hex()) for member in self._gang]
+        dead = all(row.dead if row else not patient for row in rows)
+        free = self._group is None or gcs.placement(self._group)[0] == "REMOVED"
+        return [row.rank for row in rows if row and row.rank] if dead and free else None

@@ -136,9 +136,12 @@ class FakeExecutor:
         self._leave("times")
         return list(self.attempts[name].times) if name in self.attempts else []
 
-    async def release(self, name: str) -> None:
+    async def release(self, name: str, *, epoch: int) -> None:
         self._arrive()
-        if name in self.attempts:
+        attempt = self.attempts.get(name)
+        if attempt is not None:
+            if attempt.alive:
+                _fence(attempt, epoch)
             self.lose(name)
         self._leave("release")
 
@@ -202,9 +205,7 @@ class FakeExecutor:
         attempt = self.attempts.get(name)
         if attempt is None or not attempt.alive:
             raise AttemptGone(name)
-        if epoch < attempt.epoch:
-            raise StaleEpoch(f"epoch {epoch} is over")
-        attempt.epoch = epoch
+        _fence(attempt, epoch)
         return attempt
 
     def request_stop(self, attempt: FakeAttempt, reason: StopReason) -> None:
@@ -263,6 +264,12 @@ class FakeExecutor:
     def _vacate(self, attempt: FakeAttempt) -> None:
         """The ranks are gone."""
         attempt.let_go()
+
+
+def _fence(attempt: FakeAttempt, epoch: int) -> None:
+    if epoch < attempt.epoch:
+        raise StaleEpoch(f"epoch {epoch} is over")
+    attempt.epoch = epoch
 
 
 def needs(spec: AttemptSpec) -> dict[str, float]:

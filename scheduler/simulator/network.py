@@ -49,8 +49,8 @@ class ClusterClient:
     async def times(self, name: str) -> list[RankTimes]:
         return await self._ask("times", lambda: self._world.cluster.times(name))
 
-    async def release(self, name: str) -> None:
-        await self._ask("release", lambda: self._world.cluster.release(name))
+    async def release(self, name: str, *, epoch: int) -> None:
+        await self._ask("release", lambda: self._world.cluster.release(name, epoch=epoch))
 
     async def close(self) -> None: ...
 

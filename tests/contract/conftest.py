@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.harness import FakeHarness, Harness, RayHarness, until_all_is_free
+from tests.contract.harness import NEWEST, FakeHarness, Harness, RayHarness, until_all_is_free
 from tests.ray_cluster import RayCluster, ray_cluster
 
 
@@ -31,6 +31,6 @@ async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     look = await harness.executor.look()
     for name, liveness in look.actors.items():
         if liveness == "alive":
-            await harness.executor.release(name)
+            await harness.executor.release(name, epoch=NEWEST)
             assert harness.remains(name) == []
     await until_all_is_free(harness.executor)

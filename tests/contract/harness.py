@@ -27,6 +27,8 @@ from trainer.protocol import USER_FAULTS
 
 Script = list[dict[str, Any]]
 GRACE_S = 1.0
+NEWEST = 1000
+"""Epoch of a scheduler that nothing refuses."""
 CHILD = (sys.executable, str(Path(__file__).with_name("scripted_child.py")))
 _numbers = itertools.count(1)
 

@@ -131,6 +131,8 @@ async def test_an_older_scheduler_is_refused(harness: Harness) -> None:
         await harness.executor.poll(spec.name, 0, epoch=4, allowance_ms=None)
     with pytest.raises(StaleEpoch):
         await harness.executor.stop(spec.name, StopReason.CANCEL, epoch=4)
+    with pytest.raises(StaleEpoch):
+        await harness.executor.release(spec.name, epoch=4)
 
     await newer.until("metrics", 3)
     assert newer.batch is not None
@@ -143,7 +145,7 @@ async def test_an_attempt_that_never_was_is_gone(harness: Harness) -> None:
     with pytest.raises(AttemptGone):
         await harness.executor.stop("nobody/1", StopReason.CANCEL, epoch=1)
     assert await harness.executor.times("nobody/1") == []
-    await harness.executor.release("nobody/1")
+    await harness.executor.release("nobody/1", epoch=1)
     assert "nobody/1" not in (await harness.executor.look()).actors
 
 
@@ -179,7 +181,7 @@ async def test_who_finds_no_place_waits_for_it(harness: Harness) -> None:
     async with asyncio.timeout(5):
         while (await harness.executor.look()).free["slot_cpu"] != 0:
             await asyncio.sleep(0.03)
-    await harness.executor.release(first.name)
+    await harness.executor.release(first.name, epoch=1)
     assert (await follower.to_the_end()).outcome == Outcome.COMPLETED
 
 
@@ -284,7 +286,7 @@ async def test_a_killed_supervisor_takes_its_gang_along(harness: Harness) -> Non
     await harness.executor.start(spec)
     with pytest.raises(AttemptGone):
         await follower.poll()
-    await harness.executor.release(spec.name)
+    await harness.executor.release(spec.name, epoch=1)
     assert harness.remains(spec.name) == []
     await until_all_is_free(harness.executor)
 
@@ -397,7 +399,7 @@ async def test_resumes_from_the_newest_whole_checkpoint(harness: Harness) -> Non
         for stored in reversed(follower.of("stored"))
     ]
     await harness.tear(points[0])
-    await harness.executor.release(first.name)
+    await harness.executor.release(first.name, epoch=1)
 
     second = await harness.spec([{"do": "finish"}], resume_points=tuple(points))
     await harness.executor.start(second)
@@ -418,8 +420,8 @@ async def test_releasing_a_running_attempt_leaves_nothing(harness: Harness) -> N
     await follower.until("metrics", 3)
     assert harness.remains(spec.name) != []
 
-    await harness.executor.release(spec.name)
-    await harness.executor.release(spec.name)
+    await harness.executor.release(spec.name, epoch=1)
+    await harness.executor.release(spec.name, epoch=1)
 
     assert harness.remains(spec.name) == []
     assert (await harness.executor.look()).actors[spec.name] == Liveness.DEAD

@@ -22,7 +22,7 @@ from scheduler.cluster import executor as ray_executor
 from scheduler.cluster.executor import TRAINER, RayExecutor
 from scheduler.cluster.head import dashboard_ready
 from scheduler.executor import AttemptSpec, Demand, Liveness, ResumePoint, Stage, Unreachable
-from tests.contract.harness import CHILD, Follower, RayHarness, until_all_is_free
+from tests.contract.harness import CHILD, NEWEST, Follower, RayHarness, until_all_is_free
 from tests.tiny_model import make_tiny_model
 
 FOREVER = [{"do": "train", "steps": 100_000}]
@@ -52,7 +52,7 @@ async def harness(ray_harness: RayHarness) -> AsyncIterator[RayHarness]:
     yield ray_harness
     for name, liveness in (await ray_harness.executor.look()).actors.items():
         if liveness == Liveness.ALIVE:
-            await ray_harness.executor.release(name)
+            await ray_harness.executor.release(name, epoch=NEWEST)
             assert ray_harness.remains(name) == []
     await until_all_is_free(ray_harness.executor)
 
@@ -331,7 +331,7 @@ async def test_what_a_released_attempt_was_made_of_is_gone(harness: RayHarness) 
     assert rank is not None
 
     began = time.monotonic()
-    await harness.executor.release(spec.name)
+    await harness.executor.release(spec.name, epoch=1)
 
     assert time.monotonic() - began < 5
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

@@ -89,6 +89,15 @@ def test_what_an_ended_attempt_has_not_released_is_not_free() -> None:
     assert not any(isinstance(action, Dispatch) for action in actions)
 
 
+def test_while_an_attempt_may_hold_something_yet_the_next_waits_and_says_why() -> None:
+    waiting, release = job("a"), Release("a/1", "attempt of a")
+    roomy = Look(True, "c1", total={"slot_cpu": 2.0})
+    told = SetQueueReason(WorkKind.JOB, "a", "Waits until nothing is left of its last attempt")
+    assert plan(waiting, held=(held("a", ended=True),), look=roomy) == [release, told]
+    assert plan(waiting, held=(held("b", ended=True),), look=roomy)[-1] == Dispatch(WorkKind.JOB, "a")
+    assert plan(waiting, look=roomy) == [Dispatch(WorkKind.JOB, "a")]
+
+
 def test_a_gang_is_not_overtaken_by_those_behind_it() -> None:
     gang = job("gang", demand=Demand(resources={}, num_gpus=1, ranks=8), priority=1)
     small = job("small", demand=Demand(resources={}, num_gpus=1))
@@ -173,13 +182,13 @@ def test_confirmed_death_is_a_fault(cluster_id: str | None, look: Look, code: st
 
 @pytest.mark.parametrize("look", [AWAY, with_actors(a=Liveness.UNKNOWN)])
 def test_unknown_is_not_dead(look: Look) -> None:
-    assert plan(held=(held("a"),), look=look) == [SetReconnecting(WorkKind.JOB, "a", True)]
+    assert plan(held=(held("a"),), look=look) == [SetReconnecting(WorkKind.JOB, "a", "a/1", True)]
     assert plan(held=(held("a", reconnecting=True),), look=look) == []
 
 
 def test_what_answers_again_reconnects() -> None:
     actions = plan(held=(held("a", reconnecting=True),), look=with_actors(a=Liveness.ALIVE))
-    assert SetReconnecting(WorkKind.JOB, "a", False) in actions
+    assert SetReconnecting(WorkKind.JOB, "a", "a/1", False) in actions
 
 
 def test_a_stop_is_asked_until_it_is_heard() -> None:
@@ -202,7 +211,7 @@ def test_nothing_is_released_while_the_cluster_is_away() -> None:
 @pytest.mark.parametrize(
     ("known_s", "cluster_id", "expected"),
     [
-        (89.0, "c0", [SetReconnecting(WorkKind.JOB, "a", True)]),
+        (89.0, "c0", [SetReconnecting(WorkKind.JOB, "a", "a/1", True)]),
         (90.0, "c0", [DeclareFault("attempt of a", "a/1", "CLUSTER_LOST", mock.ANY)]),
         (89.0, None, []),
         (90.0, None, [Start("a", "attempt of a")]),
@@ -229,18 +238,26 @@ def test_while_nodes_may_live_on_their_jobs_place_is_not_given_away() -> None:
     [
         (14, None, [Follow]),
         (16, None, [Follow, SetReconnecting]),
-        (119, None, [Follow, SetReconnecting]),
-        (121, None, [EndByForce]),
-        (29, StopReason.CANCEL, [Follow, SetReconnecting, AskStop]),
-        (31, StopReason.CANCEL, [EndByForce]),
+        (599, None, [Follow, SetReconnecting]),
+        (601, None, [EndByForce]),
+        (9, StopReason.CANCEL, [Follow, AskStop]),
+        (11, StopReason.CANCEL, [EndByForce]),
     ],
 )
 def test_who_answers_nothing_is_ended_though_it_is_called_alive(
     silent_s: float, stop: StopReason | None, expected: list[type]
 ) -> None:
+    """Late, as it may be training on: but soon when it is to stop."""
     look = with_actors(a=Liveness.ALIVE)
     actions = plan(held=(held("a", stop_requested=stop),), look=look, silent_s={"a/1": silent_s})
     assert [type(action) for action in actions] == expected
+
+
+def test_who_answers_nothing_beyond_its_allowance_is_not_waited_for_as_long() -> None:
+    running, look = held("a", reconnecting=True), with_actors(a=Liveness.ALIVE)
+    for silent_s, spent, ended in ((119, {"a/1"}, False), (121, {"a/1"}, True), (121, {"b/1"}, False)):
+        actions = plan(held=(running,), look=look, silent_s={"a/1": silent_s}, spent=frozenset(spent))
+        assert (EndByForce("a/1") in actions) is ended
 
 
 def test_silence_says_nothing_while_the_cluster_is_away() -> None:
