@@ -44,6 +44,7 @@ def _tell(summary: Summary, took_s: float, processes: int) -> None:
     _say(f"{'virtual hours':<22}{plain['virtualHours']}")
     _say(f"{'transactions':<22}{summary.transactions}")
     _say(f"{'jobs by end':<22}" + ", ".join(f"{status} {count}" for status, count in plain["jobs"].items()))
+    _say(f"{'passages':<22}" + ", ".join(f"{passage} {count}" for passage, count in plain["passages"].items()))
     _say(f"{'faults':<22}{summary.faults.total()}: " + ", ".join(f"{k} {n}" for k, n in plain["faults"].items()))
     _say(f"{'violations':<22}{len(summary.violations)}")
     for result in summary.violations[SHOWN:]:

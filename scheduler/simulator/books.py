@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
 TOLERANCE_MS = 250
 """Of each rank."""
-OVERSHOOT_S = 30
-GENEROUS_S = 10
 MS_PER_HOUR = 3_600_000
 SQL_TIME = "%Y-%m-%d %H:%M:%S.%f"
 
@@ -50,35 +47,13 @@ class Books:
         self._records: dict[str, Record] = {}
         self._prices: dict[str, int] = {}
         """Job → price an hour, as of its acceptance."""
-        self._holds: dict[str, int] = {}
-        self._ceilings: dict[str, float] = {}
-        """Team → the most that may be posted this month."""
 
     # After every commit.
 
     def committed(self, process: Process) -> None:
-        self._check_holds(process)
         self._check_prices(process)
         self._take_records()
-        self._check_ceilings(process)
-
-    def _check_holds(self, process: Process) -> None:
-        """Open while the job is not finished; given and raised only out of what the budget has left."""
-        for job_id, team_id, status, state, amount in self.oracle.rows(
-            "SELECT j.id, j.team_id, j.status, h.state, h.amount_microusd"
-            " FROM training_jobs j LEFT JOIN budget_holds h ON h.job_id = j.id"
-        ):
-            if state != ("CLOSED" if status in ("COMPLETED", "FAILED", "CANCELLED") else "OPEN"):
-                self.oracle.fail("a hold is open while its job is not finished", f"{job_id} {status}: {state}")
-            if amount > self._holds.get(job_id, 0) and state == "OPEN":
-                self._check_free(process, team_id, job_id)
-            self._holds[job_id] = amount
-
-    def _check_free(self, process: Process, team_id: str, job_id: str) -> None:
-        ((budget,),) = self.oracle.rows("SELECT monthly_budget_microusd FROM teams WHERE id = ?", team_id)
-        posted, held = self._posted(team_id, process.now()), self._held(team_id)
-        if budget is not None and posted + held > budget:
-            self.oracle.fail("posted + held ≤ budget", f"{job_id}: {posted} + {held} of {budget}")
+        self._check_usage()
 
     def _check_prices(self, process: Process) -> None:
         """A job's price is its GPU type's in the version that was current at its acceptance, and stays."""
@@ -133,61 +108,15 @@ class Books:
         if amount != due:
             self.oracle.fail("amounts are rounded once", f"{job_id}: {amount} for {gpu_ms} ms, due {due}")
 
-    def _check_ceilings(self, process: Process) -> None:
-        """A budget that is lowered binds jobs that run already from when they hear of it: the highest that was in
-        force while any ran counts."""
-        for team_id, budget in self.oracle.rows("SELECT id, monthly_budget_microusd FROM teams"):
-            limit = float("inf") if budget is None else float(budget)
-            posted = self._posted(team_id, process.now(), "AND cost_type = 'COMPUTE'")
-            running = self.oracle.rows(
-                "SELECT 1 FROM attempts a JOIN training_jobs j ON j.id = a.work_id"
-                " WHERE j.team_id = ? AND a.outcome IS NULL",
-                team_id,
-            )
-            known = self._ceilings.get(team_id, 0.0)
-            jobs = self.oracle.rows(
-                "SELECT sum(price_microusd_per_hour) FROM training_jobs WHERE team_id = ? AND attempt > 0", team_id
-            )
-            slack = (jobs[0][0] or 0) * OVERSHOOT_S / 3600
-            if posted > max(known, limit) + slack:
-                self.oracle.fail("posted ≤ budget + 30 GPU-seconds a job", f"{team_id}: {posted} of {limit}")
-            self._ceilings[team_id] = max(known, limit) if running else max(limit, float(posted))
-
-    def _posted(self, team_id: str, at: datetime, only: str = "") -> int:
-        month = at.replace(day=1, hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
-        ((total,),) = self.oracle.rows(
-            "SELECT coalesce(sum(amount_microusd), 0) FROM cost_records WHERE team_id = ? AND billing_period >= ?"
-            + only,
-            team_id,
-            month.strftime(SQL_TIME),
-        )
-        return int(total)
-
-    def _held(self, team_id: str) -> int:
-        """What open holds reserve beyond what their jobs were charged."""
-        rows = self.oracle.rows(
-            "SELECT h.amount_microusd - coalesce((SELECT sum(c.amount_microusd) FROM cost_records c"
-            " WHERE c.job_id = h.job_id), 0) FROM budget_holds h WHERE h.team_id = ? AND h.state = 'OPEN'",
-            team_id,
-        )
-        return sum(max(0, rest) for (rest,) in rows)
-
-    def cannot_go_on(self, job_id: str) -> bool:
-        """Whether a job that the budget paused has good reason to wait: what is left would not pay for all of it twice
-        over."""
-        ((team_id, budget, price, ranks, hold, charged),) = self.oracle.rows(
-            "SELECT t.id, t.monthly_budget_microusd, j.price_microusd_per_hour, j.gpu_count, h.amount_microusd,"
-            " (SELECT coalesce(sum(amount_microusd), 0) FROM cost_records c WHERE c.job_id = j.id)"
-            " FROM training_jobs j JOIN teams t ON t.id = j.team_id JOIN budget_holds h ON h.job_id = j.id"
-            " WHERE j.id = ?",
-            job_id,
-        )
-        if budget is None:
-            return False
-        at = min(process.now() for host in self.world.schedulers if (process := host.process))
-        left = max(0, hold - charged) + budget - self._posted(team_id, at) - self._held(team_id)
-        whole_s = self.world.cluster.training_of(job_id).whole_s
-        return bool(left < price / 3600 * ranks * 2 * (whole_s + GENEROUS_S))
+    def _check_usage(self) -> None:
+        """No attempt is said to have used more than it has held by now."""
+        now_ms = round(self.world.clock.date_s() * 1000)
+        for name, used in self.oracle.rows(
+            "SELECT a.actor_name, sum(u.gpu_ms) FROM attempt_usage u JOIN attempts a ON a.id = u.attempt_id GROUP BY 1"
+        ):
+            fact = self.world.cluster.facts.get(name)
+            if used > (fact.held_ms(now_ms) + TOLERANCE_MS * fact.ranks if fact else 0):
+                self.oracle.fail("nothing is billed twice", f"{name}: {used} ms used, {fact}")
 
     # At the end.
 
@@ -195,21 +124,15 @@ class Books:
         self._check_unchanged()
         for (job_id,) in self.oracle.rows("SELECT id FROM training_jobs ORDER BY id"):
             self._check_job(job_id)
-        for team_id, day, count in self.oracle.rows(
-            "SELECT team_id, json_extract(details, '$.day'), count(*) FROM cost_records WHERE cost_type = 'STORAGE'"
-            " GROUP BY 1, 2"
-        ):
-            if count > 1:
-                self.oracle.fail("storage is charged once a day", f"{team_id} {day}: {count} records")
 
     def _check_job(self, job_id: str) -> None:
         attempts = self.oracle.rows(
-            "SELECT id, actor_name, outcome, recovery FROM attempts WHERE work_id = ? ORDER BY number", job_id
+            "SELECT id, actor_name, outcome FROM attempts WHERE work_id = ? ORDER BY number", job_id
         )
-        facts = [self.world.cluster.facts.get(name) for _, name, _, _ in attempts]
-        most = self._saved(job_id, facts)
-        lost_before = False
-        for (attempt_id, name, outcome, _), fact, limit in zip(attempts, facts, most, strict=True):
+        facts = [self.world.cluster.facts.get(name) for _, name, _ in attempts]
+        limits = self._limits(job_id, facts)
+        lost_before = self._retries_what_was_lost(job_id)
+        for (attempt_id, name, outcome), fact, limit in zip(attempts, facts, limits, strict=True):
             account = self._account(attempt_id)
             self._check_account(name, outcome, fact, account)
             if fact is not None:
@@ -222,6 +145,15 @@ class Books:
         ended = status in ("COMPLETED", "FAILED", "CANCELLED")
         if current_cost != total or final_cost != (total if ended else None):
             self.oracle.fail("costs are what was posted", f"{job_id}: {current_cost}, {final_cost}, posted {total}")
+
+    def _retries_what_was_lost(self, job_id: str) -> bool:
+        """Whether the job is a user's retry of one that the platform lost: that one's loading is not paid twice."""
+        rows = self.oracle.rows(
+            "SELECT a.outcome FROM training_jobs j JOIN training_jobs old ON old.id = j.retry_of"
+            " JOIN attempts a ON a.work_id = old.id AND a.number = old.attempt WHERE j.id = ?",
+            job_id,
+        )
+        return bool(rows == [("FAULT",)])
 
     def _account(self, attempt_id: str) -> Account:
         ((used, absorbed),) = self.oracle.rows(
@@ -251,18 +183,23 @@ class Books:
         """What a fault cost is not the customer's; the rest is."""
         held, tolerance = fact.held_ms(0), TOLERANCE_MS * fact.ranks
         loading = (held if fact.loaded_ms is None else fact.loaded_ms) if recovery else 0
+        counts = held if limit is None else min(limit, held)
         if outcome == "FAULT":
-            saved = fact.stamps[-1].used_ms if fact.stamps else 0
-            limit = saved if limit is None else min(saved, limit)
-        most = max(0, (held if limit is None else limit) - loading)
-        if account.billed > most + tolerance:
-            self.oracle.fail("what was lost is not billed", f"{name} {outcome}: {account}, at most {most} ms")
-        if outcome != "FAULT" and limit is None and account.billed < held - loading - tolerance:
-            self.oracle.fail("what was used is billed", f"{name} {outcome}: {account} of {held} ms held")
+            known = self._known(fact.work_id)
+            counts = min(counts, max((stamp.used_ms for stamp in fact.stamps if stamp.key in known), default=0))
+        due = max(0, counts - loading)
+        if account.billed > due + tolerance:
+            self.oracle.fail("what was lost is not billed", f"{name} {outcome}: {account}, at most {due} ms")
+        if account.billed < due - tolerance:
+            self.oracle.fail("what was used is billed", f"{name} {outcome}: {account}, at least {due} ms")
 
-    def _saved(self, job_id: str, facts: list[Fact | None]) -> list[int | None]:
+    def _known(self, job_id: str) -> set[str]:
+        """Keys of the checkpoints that the platform has heard of."""
+        return {key for (key,) in self.oracle.rows("SELECT storage_key FROM checkpoints WHERE job_id = ?", job_id)}
+
+    def _limits(self, job_id: str, facts: list[Fact | None]) -> list[int | None]:
         """For each attempt how much of it counts, where a later one found newer checkpoints torn; None: all."""
-        known = {key for (key,) in self.oracle.rows("SELECT storage_key FROM checkpoints WHERE job_id = ?", job_id)}
+        known = self._known(job_id)
         limits: list[int | None] = [None] * len(facts)
         for place, fact in enumerate(facts):
             if fact is None:

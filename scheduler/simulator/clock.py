@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from scheduler.simulator.world import World
 
+MIDNIGHT = datetime(2027, 3, 1, tzinfo=UTC)
+"""Some worlds begin shortly before this new month, the others a few hours after."""
 BEGIN_S = 1000.0
 """What the monotonic clock shows at the beginning."""
 

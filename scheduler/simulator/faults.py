@@ -206,7 +206,6 @@ class Hazards:
             host = world.hosts[int(fault.choice * len(world.hosts))]
             jump_s = (fault.choice * 16 % 1 - 0.5) * 2 * (3600.0 if fault.after % 2 else 30.0)
             host.wall_offset_s += jump_s
-            world.set_back = world.set_back or jump_s < 0
             if host.process:
                 host.process.wall_offset_s += jump_s
             self._strike(kind, f"{host.name} {jump_s:+.0f} s")

@@ -136,7 +136,7 @@ class Messenger:
         self._process.check()
         if world.receiver_failing:
             raise Undelivered("It answered HTTP 500")
-        world.received[letter.id] += 1
+        world.oracle.letters.received(letter.id)
         if world.hazards.fate("post") == "answer_lost":
             raise Undelivered("No answer")
 

@@ -1,7 +1,8 @@
 """What must be true, told from the rows by plain SQL and from the cluster's ground truth.
 
 Shares no code with the collector, the ledger or its verification. What is cheap is looked at after every commit,
-everything at the end. The rules of money are in ``books``.
+everything at the end. The rules of money are in ``books``, ``budgets`` and ``storage``, those of stopping in ``stops``,
+those of telling in ``letters``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from sqlalchemy.exc import DBAPIError
 
 from scheduler.simulator.books import Books
+from scheduler.simulator.budgets import Budgets
 from scheduler.simulator.clock import Process
 from scheduler.simulator.faults import DatabaseFault, StoreFault
+from scheduler.simulator.letters import Letters
+from scheduler.simulator.stops import Stops
+from scheduler.simulator.storage import Storage
 
 if TYPE_CHECKING:
     from scheduler.lease import Lease
@@ -42,14 +47,22 @@ class Violated(Exception):
 class _Seen(NamedTuple):
     """A job as the last commit left it."""
 
-    status: str
-    seq: int
+    status: str = "QUEUED"
+    seq: int = 0
+    requested: str | None = None
+    paused_by: str | None = None
 
 
 class Oracle:
     def __init__(self, world: World) -> None:
         self.world = world
         self.books = Books(world, self)
+        self.budgets = Budgets(world, self)
+        self.storage = Storage(world, self)
+        self.stops = Stops(world, self)
+        self.letters = Letters(world, self)
+        self.passages: Counter[str] = Counter()
+        """How often jobs went from where to where."""
         self.leases: dict[str, Lease] = {}
         """By process name."""
         self.violation: str | None = None
@@ -99,8 +112,10 @@ class Oracle:
         if self._acknowledged.setdefault(key, job_id) != job_id:
             self.fail("the same key, the same job", f"{key}: {self._acknowledged[key]} and {job_id}")
 
-    def cancelled(self, job_id: str) -> None:
-        self._cancelled.add(job_id)
+    def stop_accepted(self, job_id: str, reason: str, asked_s: float) -> None:
+        self.stops.accepted(job_id, reason, asked_s)
+        if reason == "CANCEL":
+            self._cancelled.add(job_id)
 
     def committed(self, process: Process) -> None:
         """Everything that is cheap to look at."""
@@ -109,21 +124,28 @@ class Oracle:
             (epoch,) = self.rows("SELECT epoch FROM scheduler_lease")[0]
             if epoch != lease.epoch:
                 self.fail("who lost the lease writes no more", f"{process.name} of epoch {lease.epoch}, it is {epoch}")
-        self._check_jobs()
+        self._check_jobs(process)
         self._check_attempts()
         self.books.committed(process)
+        self.budgets.committed(process)
+        self.stops.committed()
+        self.letters.committed(process)
 
     # After every commit.
 
-    def _check_jobs(self) -> None:
-        for job_id, status, event_seq, attempt, artifact_id in self.rows(
-            "SELECT id, status, event_seq, attempt, artifact_id FROM training_jobs"
-        ):
-            before = self._seen.get(job_id, _Seen("QUEUED", 0))
-            if before == (status, event_seq):
+    def _check_jobs(self, process: Process) -> None:
+        jobs = self.rows(
+            "SELECT id, status, event_seq, stop_requested, paused_by, attempt, artifact_id FROM training_jobs"
+        )
+        lost = set(self._acknowledged.values()) - {row[0] for row in jobs}
+        if lost:
+            self.fail("no acknowledged job is lost", str(sorted(lost)))
+        for job_id, status, event_seq, requested, paused_by, attempt, artifact_id in jobs:
+            before, seen = self._seen.get(job_id, _Seen()), _Seen(status, event_seq, requested, paused_by)
+            if before == seen:
                 continue
-            self._check_path(job_id, before, status, event_seq)
-            self._seen[job_id] = _Seen(status, event_seq)
+            self._check_path(process, job_id, before, seen)
+            self._seen[job_id] = seen
             (open_attempts,) = self.rows(
                 "SELECT count(*) FROM attempts WHERE work_id = ? AND outcome IS NULL AND number = ?", job_id, attempt
             )[0]
@@ -133,21 +155,36 @@ class Oracle:
             if artifacts != ([(artifact_id,)] if status == "COMPLETED" else []):
                 self.fail("one artifact of what is completed", f"{job_id} {status}: {artifacts}")
 
-    def _check_path(self, job_id: str, before: _Seen, status: str, event_seq: int) -> None:
+    def _check_path(self, process: Process, job_id: str, before: _Seen, seen: _Seen) -> None:
         """Each status that the job went through may follow the one before; its events have no gap."""
         events = self.rows(
             "SELECT seq, type, payload FROM job_events WHERE job_id = ? AND seq > ? ORDER BY seq", job_id, before.seq
         )
-        if [seq for seq, _, _ in events] != list(range(before.seq + 1, event_seq + 1)):
+        if [seq for seq, _, _ in events] != list(range(before.seq + 1, seen.seq + 1)):
             self.fail("events without a gap", f"{job_id}: {[seq for seq, _, _ in events]} after {before.seq}")
         at = before.status
         for _, kind, payload in events:
             following = json.loads(payload)["status"] if kind == "stage" else at
             if following != at and (at, following) not in LEGAL:
                 self.fail("transitions are legal", f"{job_id}: {at} to {following}")
+            if following != at:
+                self._passed(process, job_id, before._replace(status=at), following)
             at = following
-        if at != status:
-            self.fail("every transition is told", f"{job_id} is {status}, its events say {at}")
+        if at != seen.status:
+            self.fail("every transition is told", f"{job_id} is {seen.status}, its events say {at}")
+
+    def _passed(self, process: Process, job_id: str, before: _Seen, following: str) -> None:
+        """A job went from where ``before`` says to ``following``."""
+        self.passages[f"{before.status} > {following}"] += 1
+        if before.status in ACTIVE and following not in ACTIVE:
+            self.stops.left(job_id, before.requested, following)
+            if before.requested:
+                self.passages[f"{before.status}, asked to {before.requested} > {following}"] += 1
+        if before.status == "PAUSED":
+            who = "a user" if process.host == "api" else "itself"
+            self.passages[f"PAUSED by {before.paused_by} > {following} by {who}"] += 1
+        if following in TERMINAL:
+            self.letters.ended(job_id, following)
 
     def _check_attempts(self) -> None:
         for work_id, count, last, still_open, current in self.rows(
@@ -182,7 +219,7 @@ class Oracle:
             "SELECT id, status, queue_reason, gpu_count, paused_by FROM training_jobs"
         ):
             impossible = status == "QUEUED" and count > self.world.slots and reason and "needed" in reason
-            waits = status == "PAUSED" and (paused_by == "PAUSE" or self.books.cannot_go_on(job_id))
+            waits = status == "PAUSED" and (paused_by == "PAUSE" or self.budgets.cannot_go_on(job_id))
             if status not in TERMINAL and not impossible and not waits:
                 found.append(f"{job_id} is {status} ({reason or paused_by})")
         found += [f"verdict {v} is {status}" for v, status in self.rows("SELECT id, status FROM verdicts") if
@@ -196,16 +233,10 @@ class Oracle:
             run = self.world.tracking.of_job(job_id).status
             if run != MIRRORED.get(status, "SCHEDULED"):
                 found.append(f"MLflow's run of {job_id} is {run}, the job {status}")
-        for letter, tries in self.rows("SELECT id, tries FROM outbox WHERE delivered_at IS NULL AND failed_at IS NULL"):
-            if tries == 0 or not self.world.set_back:
-                found.append(f"letter {letter} is not delivered")
-        return found
+        return found + self.letters.under_way() + self.storage.under_way()
 
     def final(self) -> None:
         """Every rule."""
-        for key, job_id in self._acknowledged.items():
-            if not self.rows("SELECT 1 FROM training_jobs WHERE id = ?", job_id):
-                self.fail("no acknowledged job is lost", f"{job_id} ({key})")
         for name, count in self.rows("SELECT name, count(*) FROM training_jobs WHERE retry_of IS NULL GROUP BY name"):
             if count > 1:
                 self.fail("the same key, the same job", f"{count} jobs of {name}")
@@ -213,52 +244,15 @@ class Oracle:
             ((status,),) = self.rows("SELECT status FROM training_jobs WHERE id = ?", job_id)
             if status not in TERMINAL:
                 self.fail("an accepted cancel ends the job", f"{job_id} is {status}")
-        self._check_notices()
-        self._check_letters()
         self._check_checkpoints()
         self.books.final()
+        self.storage.final()
+        self.letters.final()
         self.check()
 
     def check(self) -> None:
         if self.violation:
             raise Violated(self.violation)
-
-    def _check_notices(self) -> None:
-        for job_id, status in self.rows("SELECT id, status FROM training_jobs"):
-            told = [
-                kind
-                for (kind,) in self.rows(
-                    "SELECT type FROM notifications WHERE type LIKE 'JOB%' AND dedupe_key LIKE ?", f"%{job_id}%"
-                )
-            ]
-            due = {"COMPLETED": ["JOB_COMPLETE"], "FAILED": ["JOB_FAILED"]}.get(status, [])
-            if told != due:
-                self.fail("one notification of each end", f"{job_id} {status}: {told}")
-
-        for status, told in self.rows(
-            "SELECT v.status, (SELECT count(*) FROM notifications n WHERE n.dedupe_key LIKE '%' || v.id || '%')"
-            " FROM verdicts v WHERE v.attempt > 0"
-        ):
-            if told != (status in TERMINAL):
-                self.fail("one notification of each end", f"a verdict {status}: {told}")
-
-    def _check_letters(self) -> None:
-        """Each end of a job is enqueued once; what is noted as delivered was, and nothing else went out."""
-        for job_id, status, count in self.rows(
-            "SELECT j.id, lower(j.status), count(o.id) FROM training_jobs j LEFT JOIN outbox o"
-            " ON json_extract(o.payload, '$.data.jobId') = j.id AND json_extract(o.payload, '$.type') ="
-            " 'job.' || lower(j.status) WHERE j.team_id = 'team-1' AND j.status IN ('COMPLETED', 'FAILED', 'CANCELLED')"
-            " GROUP BY 1, 2"
-        ):
-            if count != 1:
-                self.fail("one letter of each end", f"{job_id} {status}: {count}")
-        rows = dict(self.rows("SELECT id, delivered_at FROM outbox"))
-        for row_id, delivered_at in rows.items():
-            if delivered_at is not None and not self.world.received[row_id]:
-                self.fail("delivered is delivered", row_id)
-        invented = [row_id for row_id in self.world.received if row_id not in rows]
-        if invented or self.rows("SELECT 1 FROM outbox WHERE failed_at IS NOT NULL"):
-            self.fail("letters are of what was committed, and are not given up", str(invented))
 
     def _check_checkpoints(self) -> None:
         """What is offered for the next attempt is there."""

@@ -25,12 +25,13 @@ import scheduler.loop
 import scheduler.mirror
 from control_plane.tables import base
 from scheduler.simulator import faults
-from scheduler.simulator.clock import PROCESS, Clock, Process, Stuck, VirtualLoop
+from scheduler.simulator.clock import MIDNIGHT, PROCESS, Clock, Process, Stuck, VirtualLoop
 from scheduler.simulator.database import empty_database
 from scheduler.simulator.inhabitants import TEAMS, move_in, vary
 from scheduler.simulator.oracle import Violated
 from scheduler.simulator.users import Customer
-from scheduler.simulator.world import MIDNIGHT, Errors, World
+from scheduler.simulator.world import Errors, World
+from scheduler.verify import verify
 
 FAULTS_S = 80.0
 """From then on nothing goes wrong any more."""
@@ -59,6 +60,7 @@ class Result:
     commits: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     jobs: Counter[str] = field(default_factory=Counter)
+    passages: Counter[str] = field(default_factory=Counter)
 
 
 def simulate(seed: int, *, whole_trace: bool = False) -> Result:
@@ -79,6 +81,7 @@ def simulate(seed: int, *, whole_trace: bool = False) -> Result:
     result.commits = world.store.commits
     result.faults = world.hazards.struck
     result.jobs = world.oracle.census()
+    result.passages = world.oracle.passages
     if whole_trace or result.violation:
         result.trace = [str(happening) for happening in world.happenings]
     world.store.raw.close()
@@ -102,13 +105,22 @@ async def _live(world: World) -> None:
         await asyncio.wait({*lives, chaos})
         world.hazards.disarm()
         calm_s = world.elapsed_s
-        while not world.oracle.at_rest():
+        while world.hazards.database_away or not world.oracle.at_rest():
             if world.elapsed_s > calm_s + PATIENCE_S:
                 world.oracle.restless()
             await asyncio.sleep(LOOK_S)
         world.oracle.final()
+        await Process(world, "auditor").spawn(_audit(world))
     finally:
         world.oracle.alarm.set()
+
+
+async def _audit(world: World) -> None:
+    """The platform's own check of its ledger, which every world must pass as well."""
+    async with world.database.read() as session:
+        found = await verify(session)
+    if found:
+        raise Violated(f"the ledger verifies: {found[0]}")
 
 
 async def _watched(world: World) -> None:

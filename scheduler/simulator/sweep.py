@@ -26,6 +26,8 @@ class Summary:
     transactions: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     jobs: Counter[str] = field(default_factory=Counter)
+    passages: Counter[str] = field(default_factory=Counter)
+    """How often jobs went from where to where, and why."""
     violations: list[Result] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
@@ -34,6 +36,7 @@ class Summary:
         self.transactions += result.commits
         self.faults += result.faults
         self.jobs += result.jobs
+        self.passages += result.passages
         if result.violation:
             self.violations.append(result)
 
@@ -44,6 +47,7 @@ class Summary:
             "transactions": self.transactions,
             "faults": {kind: self.faults[kind] for kind in KINDS},
             "jobs": dict(sorted(self.jobs.items())),
+            "passages": dict(sorted(self.passages.items())),
             "violations": {result.seed: result.violation for result in self.violations},
         }
 

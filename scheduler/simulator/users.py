@@ -107,8 +107,9 @@ class Customer:
                 audit(session, reason.lower(), "job", job_id, user_id=self.who.user_id, team_id=self.team_id)
             return job_id
 
-        if await self._persist(ask) and reason is StopReason.CANCEL:
-            self.world.oracle.cancelled(job_id)
+        asked_s = self.world.clock.now
+        if await self._persist(ask):
+            self.world.oracle.stop_accepted(job_id, reason, asked_s)
 
     async def _resume(self) -> None:
         if not self.jobs:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
 from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ from control_plane.services.catalog import Catalog
 from control_plane.settings import Settings
 from scheduler.lease import Lease, LeaseLost
 from scheduler.loop import ClusterLost, Scheduler
-from scheduler.simulator.clock import PROCESS, Clock, Process
+from scheduler.simulator.clock import MIDNIGHT, PROCESS, Clock, Process
 from scheduler.simulator.cluster import Cluster
 from scheduler.simulator.database import SimulatedDatabase, Store
 from scheduler.simulator.faults import Hazards
@@ -28,8 +27,6 @@ from scheduler.simulator.network import ClusterClient, Messenger, ObjectClient, 
 from scheduler.simulator.oracle import Oracle, Violated
 from scheduler.simulator.tracking import FakeTracking
 
-MIDNIGHT = datetime(2027, 3, 1, tzinfo=UTC)
-"""Some worlds begin shortly before this new month, the others a few hours after."""
 PERSISTENT_S = 5.0
 
 
@@ -71,12 +68,8 @@ class World:
         self.tracking = FakeTracking()
         self.oracle = Oracle(self)
         self.cluster = Cluster(self, {"slot_cpu": float(self.slots), "slot_io": 1.0})
-        self.received: Counter[str] = Counter()
-        """Letters that the webhook's receiver has taken, by id."""
         self.receiver_failing = False
         skew_s = rng.choice((0.0, 0.0, 3.0, -700.0))
-        self.set_back = skew_s < 0
-        """Whether some process's wall clock is behind what another one's, or its own, has shown."""
         self.api = Host(self, "api", 0.0)
         self.schedulers = [SchedulerHost(self, "A", 0.0)]
         if rng.random() < 0.8:
