@@ -158,19 +158,20 @@ class Scheduler:
     async def _let_go_on(self) -> None:
         """Jobs that the budget has paused go on when it allows: it was raised, a month began, a hold was released."""
         while True:
-            try:
-                async with self._database.read() as session:
-                    waiting = await paused_by_budget(session)
-                for job_id in waiting:
-                    async with self.lease.write() as session:
-                        job = await get_work(session, WorkKind.JOB, job_id, lock=True)
-                        if isinstance(job, TrainingJob) and await paused.go_on(session, job):
-                            self._wake.set()
-            except LeaseLost:
-                raise
-            except Exception:
-                log.exception("paused jobs could not be looked at")
+            await self._guarded("looking at paused jobs", self._look_at_paused())
             await pause(BUDGET_S)
+
+    async def _look_at_paused(self) -> None:
+        async with self._database.read() as session:
+            waiting = await paused_by_budget(session)
+        for job_id in waiting:
+            await self._guarded(f"going on with {job_id}", self._go_on(job_id))
+
+    async def _go_on(self, job_id: str) -> None:
+        async with self.lease.write() as session:
+            job = await get_work(session, WorkKind.JOB, job_id, lock=True)
+            if isinstance(job, TrainingJob) and await paused.go_on(session, job):
+                self._wake.set()
 
     async def tick(self) -> None:
         """Once around. The database is read before the look, so that whatever it says was started can be seen."""

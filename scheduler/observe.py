@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 from sqlalchemy import or_, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.services import paused
@@ -12,6 +15,8 @@ from control_plane.tables import Attempt, TrainingJob
 from scheduler.dispatch import demand_of, missing
 from scheduler.policy import Held, Waiting
 from scheduler.work import AnyWork, get_many, queued
+
+log = logging.getLogger(__name__)
 
 
 async def waiting_work(session: AsyncSession, catalog: Catalog) -> tuple[Waiting, ...]:
@@ -66,4 +71,15 @@ async def paused_by_budget(session: AsyncSession) -> list[str]:
         .where(TrainingJob.status == Status.PAUSED, TrainingJob.paused_by == StopReason.BUDGET)
         .order_by(TrainingJob.priority.desc(), TrainingJob.queued_at, TrainingJob.id)
     )
-    return [job.id for job in jobs.all() if (await paused.means(session, job)).sufficient]
+    return [job.id for job in jobs.all() if await _budget_allows(session, job)]
+
+
+async def _budget_allows(session: AsyncSession, job: TrainingJob) -> bool:
+    """What is wrong with one job keeps no other from going on."""
+    try:
+        return (await paused.means(session, job)).sufficient
+    except DBAPIError:
+        raise
+    except Exception:
+        log.exception("whether the budget lets %s go on cannot be told", job.id)
+        return False

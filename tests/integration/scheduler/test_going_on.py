@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
 from control_plane.errors import BudgetExceeded
@@ -168,6 +169,24 @@ async def at_the_ceiling(database: Database, team: Team | None = None, **usage_s
             )
         )  # fmt: skip
     return job
+
+
+@pytest.mark.parametrize("where", ["means", "go_on"])
+async def test_what_is_wrong_with_one_job_keeps_no_other_paused(
+    house: House, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    broken, sound = [await at_the_ceiling(house.database, training=10) for _ in range(2)]
+    real = getattr(paused, where)
+
+    async def failing(session: AsyncSession, job: TrainingJob) -> Any:
+        if job.id == broken.id:
+            raise ZeroDivisionError
+        return await real(session, job)
+
+    monkeypatch.setattr(paused, where, failing)
+    async with house.scheduling():
+        await house.until_running(sound.id, 2)
+    assert (await house.job(broken.id)).status is Status.PAUSED
 
 
 async def test_with_nothing_left_it_stays_though_it_has_used_nothing(database: Database) -> None:
