@@ -54,6 +54,26 @@ def test_a_full_disk_share_gives_up_only_what_is_expendable(tmp_path: Path) -> N
     assert steps(log, before) == [before + 1]
 
 
+def test_a_disk_that_takes_nothing_costs_only_what_is_expendable(tmp_path: Path) -> None:
+    """Nor is there a gap when it takes something again, or took half a line."""
+    log = EventLog(tmp_path / "spill" / "events.jsonl", memory_events=10)
+    (tmp_path / "spill").write_text("no folder can be made here")
+    for step in range(1, 31):
+        log.append({"type": "metrics" if step > 12 else "stored", "step": step})
+    log.append({"type": "evaluation", "step": log.last + 1})
+    assert steps(log) == list(range(1, 14))
+
+    (tmp_path / "spill").unlink()
+    (tmp_path / "spill").mkdir()
+    (tmp_path / "spill" / "events.jsonl").write_text('{"number": 1, "at')
+    for _ in range(40):
+        log.append({"type": "metrics", "step": log.last + 1})
+    assert steps(log) == list(range(1, 54))
+    assert steps(log, 5, limit=3) == [6, 7, 8]
+    log.acknowledge(53)
+    assert steps(log, 0) == []
+
+
 @given(st.lists(st.tuples(st.sampled_from(["append", "acknowledge", "read"]), st.integers(0, 60)), max_size=80))
 def test_a_reader_who_acknowledges_what_it_read_sees_everything_once(
     tmp_path_factory, actions: list[tuple[str, int]]
