@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,8 +16,15 @@ import msgspec
 from trainer.protocol import ChildEvent, Log, Stop, StopReason
 
 LINE_LIMIT = 8 * 1024 * 1024
+OOM_SAMPLES_S = 10.0
+"""Older news of the kernel's than one or two of these is of another process: the child has told something since."""
 STDERR_LINES = 60
 STDERR_BYTES = 16 * 1024
+
+OUT_OF_MEMORY = (
+    "The machine ran out of memory, and its operating system ended the trainer. Lower maxSeqLength first, then "
+    "loraRank; or give the workers more memory."
+)
 
 INHERITED = (
     *("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
@@ -38,6 +46,18 @@ def scrubbed_env(parent: Mapping[str, str], *, home: Path, cache_dir: Path, thre
     }
 
 
+def oom_kills() -> int:
+    """Processes that the kernel has ended for want of memory: of our control group if it tells, else of the machine."""
+    files = [Path("/proc/vmstat")]
+    with suppress(OSError, StopIteration):
+        unified = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        files.insert(0, Path(f"/sys/fs/cgroup{unified.removeprefix('0::')}/memory.events"))
+    for file in files:
+        with suppress(OSError, KeyError):
+            return int(dict(line.split(" ", 1) for line in file.read_text().splitlines())["oom_kill"])
+    return 0
+
+
 class Child:
     """One child process, leader of its own process group so that it can be ended with whatever it started."""
 
@@ -45,6 +65,12 @@ class Child:
         self._process = process
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
         self._reading_stderr = asyncio.create_task(self._read_stderr())
+        self._killed = False
+        self._oom_kills = [oom_kills()] * 2
+        """The last two samples: a death for want of memory is newer than the first of them."""
+        self._sampled_at = time.monotonic()
+        self.out_of_memory = False
+        """The kernel ended it for want of memory; known once it has been waited for."""
 
     @classmethod
     async def start(cls, command: Sequence[str], *, env: dict[str, str], cwd: Path) -> Child:
@@ -75,11 +101,16 @@ class Child:
                 continue
             if not line:
                 return
+            self._sample_oom_kills()
             try:
                 yield msgspec.json.decode(line, type=ChildEvent)
             except msgspec.DecodeError as error:
                 shown = line[:200].decode(errors="replace").strip()
                 yield Log(level="WARNING", message=f"the trainer wrote what is no event ({error}): {shown}")
+
+    def _sample_oom_kills(self) -> None:
+        if time.monotonic() - self._sampled_at >= OOM_SAMPLES_S:
+            self._oom_kills, self._sampled_at = [self._oom_kills[1], oom_kills()], time.monotonic()
 
     async def stop(self, reason: StopReason) -> None:
         """Ask it to save a checkpoint and end; a child that is gone is fine."""
@@ -89,12 +120,14 @@ class Child:
             await self._process.stdin.drain()
 
     def kill(self) -> None:
+        self._killed |= self.running
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
         """Its exit code; negative: the signal that ended it. Its process group is gone then too."""
         code = await self._process.wait()
+        self.out_of_memory = code == -signal.SIGKILL and not self._killed and oom_kills() > self._oom_kills[0]
         self.kill()
         await asyncio.wait({self._reading_stderr}, timeout=1)
         return code
@@ -114,8 +147,10 @@ class Child:
             self._stderr.append(line.decode(errors="replace").rstrip())
 
 
-def exit_reason(code: int) -> tuple[str, str]:
+def exit_reason(code: int, *, out_of_memory: bool = False) -> tuple[str, str]:
     """(code, message) of a child that ended without a last word."""
+    if out_of_memory:
+        return "OUT_OF_MEMORY", OUT_OF_MEMORY
     if code < 0:
         return "CHILD_KILLED", f"the trainer was ended by {signal.Signals(-code).name}"
     return "CHILD_EXITED", f"the trainer exited with code {code} and no last event"

@@ -115,6 +115,7 @@ def head_env(token: Path, ports: Ports) -> dict[str, str]:
         **driver_env(token, HOST),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "RAY_worker_niceness": "0",  # Ray's 15 lets training starve beside anything else that computes
+        "RAY_memory_monitor_refresh_ms": "0",  # it ends supervisors; the kernel the trainer that is to blame
         "RAY_maximum_gcs_destroyed_actor_cached_count": "5000",
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),

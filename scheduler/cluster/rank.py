@@ -247,12 +247,13 @@ class Rank:
         if self._killed_for and not word:
             return Ending(Outcome.FAULT, *self._killed_for, self._stderr(), stop_reason=self._stopping)
         if word is None:
-            return Ending(Outcome.FAULT, *exit_reason(code), self._stderr(), stop_reason=self._stopping)
+            why, message = exit_reason(code, out_of_memory=self._child is not None and self._child.out_of_memory)
+            return Ending(_outcome(why), why, message, self._stderr(), stop_reason=self._stopping)
         self._emit(msgspec.to_builtins(word))
         if isinstance(word, Failed):
-            outcome = Outcome.FAILED if word.code in USER_FAULTS else Outcome.FAULT
             message = f"{word.message} {word.advice}".strip()
-            return Ending(outcome, word.code, message, word.stack or self._stderr(), stop_reason=self._stopping)
+            stack = word.stack or self._stderr()
+            return Ending(_outcome(word.code), word.code, message, stack, stop_reason=self._stopping)
         if outputs.failed:
             return Ending(Outcome.FAULT, "NOT_STORED", outputs.failed, stop_reason=self._stopping)
         if word.outcome == "stopped":
@@ -269,6 +270,11 @@ class Rank:
         if self._rank == 0:
             self._last_event += 1
             self._events.append((self._last_event, time.time(), event))
+
+
+def _outcome(code: str) -> Outcome:
+    """Of a child that did not get through."""
+    return Outcome.FAILED if code in USER_FAULTS else Outcome.FAULT
 
 
 def _node_address() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -89,6 +90,9 @@ class Player:
     def do_exit(self, code: int, stderr: str = "") -> None:
         sys.stderr.write(stderr + "\n")
         sys.exit(code)
+
+    def do_die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def do_hang(self) -> None:
         """Deaf to stop requests; only the end of stdin ends it."""

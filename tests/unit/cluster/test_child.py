@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scheduler.cluster.child import Child, exit_reason, scrubbed_env
+from scheduler.cluster.child import Child, exit_reason, oom_kills, scrubbed_env
 from trainer.protocol import ChildEvent, Finished, Log, Metrics
 
 ENV = scrubbed_env(os.environ, home=Path.cwd(), cache_dir=Path.cwd(), threads=1)
@@ -95,7 +95,63 @@ async def test_killing_takes_the_whole_process_group(tmp_path: Path) -> None:
 
 def test_exit_reasons() -> None:
     assert exit_reason(-9) == ("CHILD_KILLED", "the trainer was ended by SIGKILL")
+    assert exit_reason(-9, out_of_memory=True)[0] == "OUT_OF_MEMORY"
     assert exit_reason(3) == ("CHILD_EXITED", "the trainer exited with code 3 and no last event")
+
+
+@pytest.mark.parametrize(
+    ("program", "by_us", "kills", "out_of_memory"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", False, 1, True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", False, 0, False),
+        ("os.kill(os.getpid(), signal.SIGTERM)", False, 1, False),
+        ("time.sleep(60)", True, 1, False),
+        ("pass", False, 1, False),
+    ],
+)
+async def test_whether_memory_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, by_us: bool, kills: int, out_of_memory: bool
+) -> None:
+    counter = iter((7, 7 + kills))
+    monkeypatch.setattr("scheduler.cluster.child.oom_kills", lambda: next(counter))
+    child = await Child.start([sys.executable, "-c", f"import os, signal, time; {program}"], env=ENV, cwd=tmp_path)
+    if by_us:
+        child.kill()
+    await child.wait()
+    assert child.out_of_memory is out_of_memory
+
+
+@pytest.mark.parametrize(("told", "out_of_memory"), [(0, True), (1, True), (2, False)])
+async def test_what_the_kernel_ended_before_the_child_last_told_something_was_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int, out_of_memory: bool
+) -> None:
+    """One sample may already know of its death: its last words were still on their way."""
+    counter = iter((7, 8, 8, 8))
+    monkeypatch.setattr("scheduler.cluster.child.oom_kills", lambda: next(counter))
+    monkeypatch.setattr("scheduler.cluster.child.OOM_SAMPLES_S", 0)
+    program = f"import os\nfor _ in range({told}): print('step', flush=True)\nos.kill(os.getpid(), 9)"
+    child, events, code = await run(program, tmp_path)
+    assert (len(events), code, child.out_of_memory) == (told, -9, out_of_memory)
+
+
+def test_the_kernels_counter_is_that_of_the_group_or_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/vmstat": "nr_free_pages 5\noom_kill 11\n"}
+
+    def read(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert oom_kills() == 11
+    files["/proc/self/cgroup"] = "9:name=systemd:/\n"
+    assert oom_kills() == 11
+    files["/proc/self/cgroup"] = "0::/workers/a\n"
+    assert oom_kills() == 11
+    files["/sys/fs/cgroup/workers/a/memory.events"] = "low 0\noom 3\noom_kill 2\noom_group_kill 0\n"
+    assert oom_kills() == 2
+    files.clear()
+    assert oom_kills() == 0
 
 
 def test_nothing_secret_passes() -> None:

@@ -47,6 +47,7 @@ def test_the_environment_carries_no_setting_from_outside(tmp_path: Path, monkeyp
     assert "RAY_ADDRESS" not in env
     assert env["RAY_AUTH_MODE"] == "token"
     assert env["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "1"
+    assert env["RAY_memory_monitor_refresh_ms"] == "0"
     assert env["RAY_worker_niceness"] == "0"
 
 

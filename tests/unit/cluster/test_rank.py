@@ -121,6 +121,21 @@ async def test_a_child_that_is_deaf_is_ended(tmp_path: Path, monkeypatch: pytest
     assert ending.stop_reason is StopReason.CANCEL
 
 
+@pytest.mark.parametrize(
+    ("kills", "outcome", "code"), [(1, Outcome.FAILED, "OUT_OF_MEMORY"), (0, Outcome.FAULT, "CHILD_KILLED")]
+)
+async def test_a_child_that_the_kernel_ended_for_want_of_memory_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, outcome: Outcome, code: str
+) -> None:
+    counter = iter((0, kills))
+    monkeypatch.setattr("scheduler.cluster.child.oom_kills", lambda: next(counter))
+    async with running(tmp_path, [{"do": "die"}], monkeypatch, hangs="") as bench:
+        ending = (await bench.until_state("ended")).ending
+    assert ending is not None
+    assert (ending.outcome, ending.code) == (outcome, code)
+    assert ("maxSeqLength" in ending.message) is (outcome is Outcome.FAILED)
+
+
 async def test_signs_of_work_are_counted_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script: Script = [{"do": "emit", "event": {"type": "beat"}}] * 3 + [{"do": "finish"}]
     async with running(tmp_path, script, monkeypatch, hangs="") as bench:
