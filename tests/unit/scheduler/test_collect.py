@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from control_plane.tables import (
     Notification,
     TrainingJob,
 )
-from scheduler.collect import Collector, _Place
+from scheduler.collect import ANSWER_S, Collector, _Place
 from scheduler.executor import Batch, Ending, RankTimes, UpEvent
 from scheduler.lease import Lease, LeaseLost
 from tests.fakes import FakeExecutor
@@ -234,3 +236,31 @@ async def test_only_the_platforms_faults_count(bench: Bench) -> None:
     await bench.apply(Batch([], {}, Ending("STOPPED", stop_reason="PREEMPT")))
     job = await bench.job()
     assert (job.status, job.retry_count, job.not_before) == (Status.QUEUED, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("slept_s", "allowance_s", "spent"), [(0.0, 1800, False), (500.0, 1800, False), (0.0, 0, True)]
+)
+async def test_silence_is_what_was_listened_to(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, slept_s: float, allowance_s: int, spent: bool
+) -> None:
+    """Not what this process slept through. Who is silent for longer than it was granted must have stopped."""
+    monkeypatch.setattr("scheduler.collect.POLL_S", 0.01)
+    monkeypatch.setattr("scheduler.collect.OVERRUN_MS", 0)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + offset)
+    monkeypatch.setattr("scheduler.collect.time", clock)
+    offset, collector = (
+        0.0,
+        Collector(bench.database, bench.lease, bench.executor, bench.storage, allowance_s=allowance_s),
+    )
+    async with asyncio.TaskGroup() as group:
+        collector.follow(bench.attempt_id, "nobody/1", group)
+        while not collector.silent_s():
+            await asyncio.sleep(0.01)
+        before, offset = collector.silent_s()["nobody/1"], slept_s
+        await asyncio.sleep(0.3)
+        grown_s = collector.silent_s()["nobody/1"] - before
+        assert 0 < grown_s < ANSWER_S + 10
+        assert (collector.spent() == {"nobody/1"}) is spent
+        collector.forget_silences()
+        collector._tasks[bench.attempt_id].cancel()
