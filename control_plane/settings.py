@@ -49,7 +49,12 @@ class Settings:
     tick_s: float = _setting(0.5, "pause between scheduler ticks, seconds")
     lease_timeout_s: float = _setting(10.0, "a scheduler whose beat stands still this long is superseded, seconds")
     min_free_mib: int = _setting(512, "datasets and jobs are taken only while the disk has more free than this, MiB")
-    allowance_s: int = _setting(1800, "GPU-seconds a rank may go on without hearing from a scheduler")
+    allowance_s: int = _setting(
+        1800,
+        "GPU-seconds a rank may go on without hearing from a scheduler. Under a budget only as far as the job's hold "
+        "pays: up to its upper estimate, and past that 60 to 120 s ahead of what is used. What stops for this goes on "
+        "by itself once a scheduler is back, and is not billed for loading again",
+    )
     node_timeout_s: float = _setting(
         90.0, "a Ray node surely ends within this time after its head did, seconds; `brightrun up` ends them itself: 0"
     )
