@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.house import REPO
 from tests.warden import warden
 
-KILLS, SEED = 10, 1
+KILLS, SEED = 10, 119
 KINDS = {"api", "scheduler", "standby", "mlflow", "supervisor", "rank", "child", "raylet", "head"}
 
 
