@@ -54,7 +54,7 @@ def test_every_part_was_killed_while_a_job_was_there(told: dict[str, Any], strik
 
 
 def test_they_came_in_more_than_one_phase_of_a_job(strikes: list[dict[str, Any]]) -> None:
-    assert {strike["phase"] for strike in strikes} > {"training", "loading"}
+    assert len({strike["phase"] for strike in strikes}) > 2
     assert any(strike["status"] != "RUNNING" for strike in strikes)
 
 
