@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -40,7 +40,8 @@ CLAIM = timedelta(seconds=60)
 RETRY_PAUSES_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
 """As Standard Webhooks suggests."""
 JITTER = 0.2
-DISABLE_AFTER = timedelta(days=5)
+DISABLE_AT, DISABLE_AFTER = 2, timedelta(days=5)
+"""A webhook is disabled when so many events were given up and none was taken since the first of them, so long ago."""
 KEEP = timedelta(days=32)
 """Longer than a month: a month's cost alert, told again, must still find its row."""
 PURGE_S = 3600.0
@@ -229,16 +230,21 @@ async def _note(session: AsyncSession, claim: Claim, failure: Undelivered | None
         update(Outbox).where(*guard).values(**_after(claim, failure)).execution_options(synchronize_session=False)
     )
     if changed.rowcount and webhook is not None and webhook.enabled:  # type: ignore[attr-defined]
-        await _note_health(session, webhook, failure)
+        await _note_health(session, webhook, claim, failure)
 
 
 def _after(claim: Claim, failure: Undelivered | None) -> dict[str, object]:
     at = now()
     if failure is None:
         return {"delivered_at": at, "not_before": None, "failed_at": None, "last_error": None}
-    given_up = failure.final or claim.only_once or claim.tries > len(RETRY_PAUSES_S)
-    again = {"failed_at": at, "not_before": None} if given_up else {"not_before": at + pause_after(claim)}
+    again = (
+        {"failed_at": at, "not_before": None} if _is_last(claim, failure) else {"not_before": at + pause_after(claim)}
+    )
     return {**again, "last_error": failure.reason[:500]}
+
+
+def _is_last(claim: Claim, failure: Undelivered) -> bool:
+    return failure.final or claim.only_once or claim.tries > len(RETRY_PAUSES_S)
 
 
 def pause_after(claim: Claim) -> timedelta:
@@ -247,29 +253,76 @@ def pause_after(claim: Claim) -> timedelta:
     return timedelta(seconds=RETRY_PAUSES_S[claim.tries - 1] * (1 + JITTER * spread))
 
 
-async def _note_health(session: AsyncSession, webhook: Webhook, failure: Undelivered | None) -> None:
+async def _note_health(session: AsyncSession, webhook: Webhook, claim: Claim, failure: Undelivered | None) -> None:
+    """A receiver that has said so, or has let several events come to nothing for days, is sent nothing more; what a
+    ping came to says nothing of that."""
     if failure is None:
         webhook.failing_since = None
         return
     webhook.failing_since = webhook.failing_since or now()
     if failure.gone:
-        await _give_up(session, webhook, "It answered 410 Gone")
-    elif now() - webhook.failing_since >= DISABLE_AFTER:
-        since = f"{webhook.failing_since:%Y-%m-%d %H:%M}"
-        await _give_up(session, webhook, f"Every delivery since {since} UTC failed; the last: {failure.reason}"[:500])
+        await _disable(session, webhook, "It answered 410 Gone")
+    elif _is_last(claim, failure) and not claim.only_once:
+        count, since = await _given_up(session, webhook)
+        if count >= DISABLE_AT and now() - since >= DISABLE_AFTER:
+            told = f"{count} events since {since:%Y-%m-%d %H:%M} UTC were given up, and none was taken"
+            await _disable(session, webhook, f"{told}; the last time: {failure.reason}"[:500])
+        else:
+            await _tell_of_loss(session, webhook, claim, failure)
 
 
-async def _give_up(session: AsyncSession, webhook: Webhook, reason: str) -> None:
+async def _given_up(session: AsyncSession, webhook: Webhook) -> tuple[int, datetime]:
+    """How many events were given up since the receiver last took one, and when the first of them happened."""
+    lost = (
+        Outbox.target == webhook.id,
+        Outbox.failed_at >= webhook.failing_since,
+        Outbox.payload["type"].as_string() != PING,
+    )
+    found = await session.execute(select(func.count(), func.min(Outbox.created_at)).where(*lost))
+    count, since = found.one()
+    return count, since or now()
+
+
+async def _disable(session: AsyncSession, webhook: Webhook, reason: str) -> None:
     await disable(session, webhook, reason)
-    host = urlsplit(webhook.url).hostname
+    await _tell_owners(
+        session,
+        webhook,
+        key=f"webhook:{webhook.id}:{webhook.disabled_at:%Y%m%dT%H%M%S}",
+        title=f"Webhook disabled: {_host(webhook)}",
+        message=f"{reason}. What waited for it is not sent. Once the receiver works again, enable the webhook in the "
+        "settings.",
+    )
+
+
+async def _tell_of_loss(session: AsyncSession, webhook: Webhook, claim: Claim, failure: Undelivered) -> None:
+    """Once a day. A webhook that wants this event gets it too: so a receiver that is dead fails again, and is found
+    out, although nothing else happens."""
+    row = await session.get_one(Outbox, claim.row_id)
+    event, at = row.payload["type"], f"{row.created_at:%Y-%m-%d %H:%M}"
+    await _tell_owners(
+        session,
+        webhook,
+        key=f"undelivered:{webhook.id}:{now():%Y-%m-%d}",
+        title=f"Not delivered: {event} to {_host(webhook)}",
+        message=f"The event {event} of {at} UTC was given up after {claim.tries} tries; the last: {failure.reason}. "
+        f"GET /api/webhooks/{webhook.id}/deliveries lists it, and whatever else was given up that day.",
+    )
+
+
+async def _tell_owners(session: AsyncSession, webhook: Webhook, *, key: str, title: str, message: str) -> None:
     await notify_owners(
         session,
         webhook.team_id,
-        event_key=f"{NotificationType.SYSTEM}:webhook:{webhook.id}:{webhook.disabled_at:%Y%m%dT%H%M%S}",
+        event_key=f"{NotificationType.SYSTEM}:{key}",
         type=NotificationType.SYSTEM,
-        title=f"Webhook disabled: {host}",
-        message=f"{reason}. Once the receiver works again, enable the webhook in the settings.",
+        title=title,
+        message=message,
         priority=NotificationPriority.HIGH,
         action_url="/settings",
         details={"webhookId": webhook.id},
     )
+
+
+def _host(webhook: Webhook) -> str | None:
+    return urlsplit(webhook.url).hostname

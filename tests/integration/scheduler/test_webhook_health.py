@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 
+from sqlalchemy import update
+
 from control_plane.db import Database
-from control_plane.services import webhooks
-from control_plane.tables import Membership, User, Webhook, uuid7
+from control_plane.services import outbox, webhooks
+from control_plane.tables import Membership, Outbox, User, Webhook, now, uuid7
 from control_plane.tables.accounts import TeamRole
-from control_plane.tables.notices import NotificationPriority, NotificationType
-from tests.integration.scheduler.post_office import Ahead, Late, PostOffice, Stuck
+from control_plane.tables.notices import PING, Channel, NotificationPriority, NotificationType
+from scheduler.deliver import RETRY_PAUSES_S
+from tests.integration.scheduler.post_office import PATIENCE_S, Ahead, Late, PostOffice, Stuck
 
 
 async def test_a_receiver_that_comes_back_gets_it(office: PostOffice, clock: Ahead) -> None:
@@ -66,27 +69,98 @@ async def test_gone_disables_at_once_with_one_notice(office: PostOffice, databas
     assert len(await office.rows(other)) == 5
 
 
-async def test_after_five_days_without_a_success_it_is_disabled_once(office: PostOffice, clock: Ahead) -> None:
-    webhook_id = await office.webhook("/a")
-    office.receiver.script["/a"] = [500, 501, 502]
+async def until_given_up(office: PostOffice, clock: Ahead, webhook_id: str, key: str) -> Outbox:
+    """The letter whose dedupe key begins so, tried as often as it is."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            row = next((row for row in await office.rows(webhook_id) if row.dedupe_key.startswith(key)), None)
+            if row is not None and row.not_before is None:
+                return row
+            if row is not None and row.not_before and row.not_before > now():
+                clock.pass_by(seconds=(row.not_before - now()).total_seconds())
+            await asyncio.sleep(0.02)
+
+
+async def test_an_owner_hears_once_a_day_that_events_were_given_up(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a", events=["job.completed"])
+    await office.webhook("/b", events=["system"])
+    office.receiver.script["/a"] = [503, 503]
+    for key in ("one", "two"):
+        await office.tell(key)
+    async with database.write() as session:
+        await session.execute(update(Outbox).values(tries=len(RETRY_PAUSES_S)))
+    async with office.delivering():
+        await office.until_calls("/a", 2)
+        await office.until_calls("/b", 1)
+        await office.until_quiet()
+    assert {row.tries for row in await office.rows(webhook_id)} == {len(RETRY_PAUSES_S) + 1}
+    (notice,) = await office.notices()
+    assert (notice.type, notice.priority) == (NotificationType.SYSTEM, NotificationPriority.HIGH)
+    assert notice.title == "Not delivered: job.completed to 127.0.0.1"
+    assert "was given up after 10 tries; the last: It answered HTTP 503." in notice.message
+    (told,) = office.receiver.at("/b")
+    assert json.loads(told.body)["data"]["title"] == notice.title
+    assert (await office.the_webhook(webhook_id)).enabled
+
+
+async def test_when_several_events_were_given_up_for_days_it_is_disabled_once(office: PostOffice, clock: Ahead) -> None:
+    webhook_id = await office.webhook("/a", events=["job.completed"])
+    office.receiver.script["/a"] = [500] * 19 + [502]
     await office.tell("one")
     async with office.delivering():
-        await office.until_row(webhook_id, lambda row: row.last_error == "It answered HTTP 500")
-        clock.pass_by(days=4, hours=23)
-        await office.until_row(webhook_id, lambda row: row.last_error == "It answered HTTP 501")
+        first = await until_given_up(office, clock, webhook_id, "one")
         assert (await office.the_webhook(webhook_id)).enabled
-        clock.pass_by(hours=2)
-        row = await office.until_row(webhook_id, lambda row: row.failed_at)
+        clock.pass_by(days=2)
         await office.tell("two")
+        last = await until_given_up(office, clock, webhook_id, "two")
+        await office.tell("three")
 
-    assert (row.tries, row.last_error) == (3, "It answered HTTP 502")
+    assert (first.tries, last.tries, last.last_error) == (10, 10, "It answered HTTP 502")
     webhook = await office.the_webhook(webhook_id)
     assert webhook.disabled_at is not None
     assert not webhook.enabled
-    (notice,) = await office.notices()
-    assert notice.title == "Webhook disabled: 127.0.0.1"
-    assert "the last: It answered HTTP 502" in notice.message
-    assert len(await office.rows()) == 1
+    notices = await office.notices()
+    assert [notice.title.partition(":")[0] for notice in notices] == ["Not delivered", "Webhook disabled"]
+    since = f"{first.created_at:%Y-%m-%d %H:%M}"
+    assert notices[1].message.startswith(f"2 events since {since} UTC were given up, and none was taken; the last")
+    assert len(await office.rows()) == 2
+
+
+async def test_a_dead_receiver_of_which_nobody_wants_much_is_found_out(office: PostOffice, clock: Ahead) -> None:
+    """By the notice of what was given up, which it does not take either."""
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [500] * 20
+    await office.tell("one")
+    async with office.delivering():
+        await until_given_up(office, clock, webhook_id, "one")
+        await until_given_up(office, clock, webhook_id, "SYSTEM")
+    assert not (await office.the_webhook(webhook_id)).enabled
+    assert [notice.title.partition(":")[0] for notice in await office.notices()] == [
+        "Not delivered",
+        "Webhook disabled",
+    ]
+
+
+async def test_a_ping_that_failed_long_ago_and_a_failure_now_disable_nothing(
+    office: PostOffice, clock: Ahead, database: Database
+) -> None:
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [500, 503]
+    async with database.write() as session:
+        body = outbox.envelope(PING, office.team.id, {})
+        await outbox.put(session, Channel.WEBHOOK, webhook_id, body, key="ping", team_id=office.team.id)
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.failed_at)
+        clock.pass_by(days=30)
+        await office.tell("one")
+        while not [row for row in await office.rows(webhook_id) if row.last_error == "It answered HTTP 503"]:
+            await asyncio.sleep(0.02)
+        assert (await office.the_webhook(webhook_id)).enabled
+        clock.pass_by(seconds=6)
+        await office.until_calls("/a", 3)
+        await office.until_quiet()
+    assert (await office.the_webhook(webhook_id)).failing_since is None
+    assert await office.notices() == []
 
 
 async def test_a_success_ends_the_count_of_days(office: PostOffice, clock: Ahead) -> None:
