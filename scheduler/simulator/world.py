@@ -203,10 +203,9 @@ class Errors(logging.Handler):
         self._world = world
 
     def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
+        error = (record.exc_info and record.exc_info[1]) or RuntimeError(record.getMessage())
         self._world.note("error", message=record.getMessage(), error=repr(error)[:300])
-        if error is not None:
-            self._world.oracle.logged(error)
+        self._world.oracle.logged(error)
 
 
 @cache

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import IntegrityError, OperationalError
 
-from scheduler import finish, ledger
+from scheduler import collect, finish, ledger
 from scheduler.lease import Lease
 from scheduler.simulator.__main__ import main
-from scheduler.simulator.faults import KINDS
+from scheduler.simulator.faults import KINDS, DatabaseFault
 from scheduler.simulator.sweep import run
 
 SEEDS = 2000
@@ -56,6 +58,14 @@ def _no_check(self: Lease, *_: Any) -> Any:
 async def _absorb_nothing(*_: Any, **__: Any) -> None: ...
 
 
+async def _refuse(*_: Any) -> None:
+    raise IntegrityError("INSERT", {}, sqlite3.IntegrityError("UNIQUE constraint failed"))
+
+
+async def _lose_the_database(*_: Any) -> None:
+    raise OperationalError("UPDATE", {}, DatabaseFault("unable to open database file"))
+
+
 @pytest.mark.parametrize(
     ("where", "what", "instead", "rule"),
     [
@@ -63,6 +73,8 @@ async def _absorb_nothing(*_: Any, **__: Any) -> None: ...
         (ledger, "_absorb_beyond", lambda *_: None, "what was lost is not billed"),
         (ledger, "_absorb_tails", lambda *_: None, "billed + absorbed = held"),
         (finish, "notify", _absorb_nothing, "one notification of each end"),
+        (collect, "_store", _refuse, "no error without a fault"),
+        (Lease, "keep_beating", _lose_the_database, "no process dies of an error"),
     ],
 )
 def test_a_broken_platform_is_found_out(
