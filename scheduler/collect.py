@@ -44,7 +44,7 @@ ENDS_KNOWN_S = 5.0
 """How long to wait for Ray to record the ends of ranks that are gone."""
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """How far an attempt has been heard."""
 
     cursor: int
@@ -66,7 +66,7 @@ class _Silence(NamedTuple):
     """From the first to the last, without what this process slept through itself (stopped, or starved)."""
 
     @classmethod
-    def after(cls, place: _Place) -> _Silence:
+    def after(cls, place: Place) -> _Silence:
         used_ms = sum(sum(kinds.values()) for kinds in place.usage.values())
         left_ms = math.inf if place.allowance_ms is None else place.allowance_ms - used_ms
         return cls(left_ms, max(1, len(place.usage)), time.monotonic())
@@ -157,11 +157,11 @@ class Collector:
         self._ended()
 
     async def _follow(self, attempt_id: str, name: str) -> None:
-        place: _Place | None = None
+        place: Place | None = None
         failures = 0
         while failures < MAX_FAILURES:
             try:
-                place = place or await self._begin(attempt_id)
+                place = place or await self.place_of(attempt_id)
                 if place.ended:
                     return
                 batch = await self._hear(name, place)
@@ -184,7 +184,7 @@ class Collector:
                 await pause(min(POLL_S * 2**failures, LONGEST_PAUSE_S))
         await self._give_up(attempt_id, name)
 
-    async def _hear(self, name: str, place: _Place) -> Batch | None:
+    async def _hear(self, name: str, place: Place) -> Batch | None:
         """What an attempt tells; None: no answer. Whether it is dead is for the look to tell. Raises StaleEpoch."""
         epoch, allowance_ms = self._lease.epoch, place.allowance_ms
         try:
@@ -214,7 +214,7 @@ class Collector:
                 log.exception("%s could not be ended", name)
             await pause(LONGEST_PAUSE_S)
 
-    async def _begin(self, attempt_id: str) -> _Place:
+    async def place_of(self, attempt_id: str) -> Place:
         async with self._line, self._database.read() as session:
             attempt = await session.get_one(Attempt, attempt_id)
             work = await get_work(session, attempt.work_kind, attempt.work_id)
@@ -222,9 +222,9 @@ class Collector:
             if isinstance(work, TrainingJob):
                 allowance_ms = await ledger.allowance_ms(session, work, attempt, self._ahead_ms * work.gpu_count)
             usage = await ledger.usage_of(session, attempt_id)
-        return _Place(attempt.event_cursor, allowance_ms, usage, attempt.outcome is not None)
+        return Place(attempt.event_cursor, allowance_ms, usage, attempt.outcome is not None)
 
-    async def apply(self, attempt_id: str, name: str, place: _Place, batch: Batch) -> _Place | None:
+    async def apply(self, attempt_id: str, name: str, place: Place, batch: Batch) -> Place | None:
         """Store a batch that was polled at ``place``; the next place. None: read it from the database again."""
         batch = _held_back(batch)
         if not batch.events and not batch.ending and batch.usage == place.usage:
@@ -248,7 +248,7 @@ class Collector:
             log.info("attempt %s ended: %s %s", name, ending.outcome, ending.code)
             self._ended()
         await retention.delete(self._storage, obsolete)
-        return _Place(cursor, allowance_ms, batch.usage, ending is not None)
+        return Place(cursor, allowance_ms, batch.usage, ending is not None)
 
     async def _allowance_ms(self, session: AsyncSession, claimed: Claimed) -> int | None:
         attempt, work = claimed

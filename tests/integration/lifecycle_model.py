@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum, auto
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
 
 ACTIVE = ("INITIALIZING", "RUNNING")
 TERMINAL = ("COMPLETED", "FAILED", "CANCELLED")
 WEAKEST_FIRST = (None, "PREEMPT", "BUDGET", "PAUSE", "CANCEL")
 MOST_FAULTS_IN_A_ROW = 3
+HOUR_MS = 3_600_000
 
 
 class Refused(Exception):
     """The action is illegal now."""
 
 
-class Pays(Enum):
-    """Whether the budget pays for more of a job: for nothing, for some (which may be too little), for all."""
+class Recipe(NamedTuple):
+    """What a job was accepted for."""
 
-    NOTHING = auto()
-    SOME = auto()
-    ALL = auto()
+    microusd_per_hour: int
+    steps: int
+    checkpoint_steps: int
+    """From one checkpoint to the next."""
 
 
 @dataclass
 class ModelJob:
     id: str
+    recipe: Recipe
     status: str = "QUEUED"
     paused_by: str | None = None
     stop: str | None = None
@@ -36,6 +42,9 @@ class ModelJob:
     """Step of the newest checkpoint of the attempts before."""
     reached: int = 0
     """… of this attempt."""
+    step: int = 0
+    used_ms: dict[tuple[int, int, str], int] = field(default_factory=dict)
+    """GPU time by attempt, rank and kind, as heard."""
 
     @property
     def ended(self) -> bool:
@@ -86,6 +95,10 @@ class ModelJob:
         if self.status == "INITIALIZING":
             self.status = "RUNNING"
 
+    def used(self, rank: int, kind: str, gpu_ms: int) -> None:
+        place = self.attempt, rank, kind
+        self.used_ms[place] = max(gpu_ms, self.used_ms.get(place, 0))
+
     def saved(self, step: int) -> None:
         self.reached = max(self.reached, step)
 
@@ -101,12 +114,28 @@ class ModelJob:
             self._go("FAILED")
         elif reason == "CANCEL":
             self._go("CANCELLED")
-        elif reason == "PAUSE" or (reason == "BUDGET" and not paid):
+        elif reason == "PAUSE":
             self._go("PAUSED", reason)
-        elif outcome == "FAULT" and reason != "BUDGET" and self.in_a_row > MOST_FAULTS_IN_A_ROW:
+        elif outcome == "FAULT" and self.in_a_row > MOST_FAULTS_IN_A_ROW:
             self._go("FAILED")
+        elif reason == "BUDGET" and not paid:
+            self._go("PAUSED", reason)
         else:
             self._go("QUEUED")
+
+    @property
+    def needs(self) -> int:
+        """Micro-dollars for loading it again and training it up to its next checkpoint, at its pace so far."""
+        loading = Counter[int]()
+        work_ms = 0
+        for (attempt, _, kind), gpu_ms in self.used_ms.items():
+            if kind == "loading":
+                loading[attempt] += gpu_ms
+            else:
+                work_ms += gpu_ms
+        steps = max(1, min(self.recipe.checkpoint_steps, self.recipe.steps - self.step))
+        gpu_ms = max(loading.values(), default=0) + math.ceil(Fraction(work_ms * steps, max(1, self.step)))
+        return round(Fraction(gpu_ms * self.recipe.microusd_per_hour, HOUR_MS))
 
     def _count(self, outcome: str) -> None:
         """A fault of an attempt that got further than all before it begins a new row."""
@@ -134,11 +163,12 @@ class ModelTeam:
     def fits(self, amount: int, spent: dict[str, int], held: dict[str, int]) -> bool:
         return self.budget_microusd is None or amount <= self.budget_microusd - taken(spent, held)
 
-    def pays(self, job: str, spent: dict[str, int], held: dict[str, int]) -> Pays:
+    def pays(self, job: ModelJob, spent: dict[str, int], held: dict[str, int]) -> bool:
+        """Whether it lets the job go on: for what it needs, and never for nothing."""
         if self.budget_microusd is None:
-            return Pays.ALL
-        others = taken(without(job, spent), without(job, held))
-        return Pays.SOME if spent.get(job, 0) < self.budget_microusd - others else Pays.NOTHING
+            return True
+        others = taken(without(job.id, spent), without(job.id, held))
+        return self.budget_microusd - others - spent.get(job.id, 0) >= max(1, job.needs)
 
 
 def taken(spent: dict[str, int], held: dict[str, int]) -> int:

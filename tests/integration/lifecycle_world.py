@@ -28,7 +28,7 @@ from control_plane.tables import (
 )
 from control_plane.tables.accounts import TeamRole
 from control_plane.tables.money import HoldState
-from scheduler.collect import Collector, _Place
+from scheduler.collect import Collector, Place
 from scheduler.dispatch import Dispatcher
 from scheduler.executor import Batch
 from scheduler.lease import Lease
@@ -53,7 +53,7 @@ class Heard(NamedTuple):
 
     attempt_id: str
     name: str
-    place: _Place
+    place: Place
     batch: Batch
 
 
@@ -139,7 +139,7 @@ class World:
 
     async def poll(self, attempt_id: str, name: str) -> Heard:
         scheduler = self.scheduler
-        place = await scheduler.collector._begin(attempt_id)
+        place = await scheduler.collector.place_of(attempt_id)
         batch = await self.executor.poll(
             name, place.cursor, epoch=scheduler.lease.epoch, allowance_ms=place.allowance_ms
         )

@@ -26,7 +26,7 @@ from control_plane.services import statements
 from control_plane.states import TERMINAL, Status
 from control_plane.storage import Storage
 from control_plane.tables import Attempt, AttemptUsage, Checkpoint, CostRecord, TrainingJob, base
-from scheduler.collect import Collector, _Place
+from scheduler.collect import Collector, Place
 from scheduler.executor import Batch, Ending, RankTimes, UpEvent
 from scheduler.lease import Lease
 from scheduler.verify import verify
@@ -162,8 +162,8 @@ class Hearing:
     async def hear(self, attempt_id: str, history: History, events: list[dict[str, Any]]) -> None:
         """Batch by batch, each also a second time, and lower usage between them."""
         usage: dict[str, dict[str, int]] = {str(rank): {} for rank in range(RANKS)}
-        batches: list[tuple[_Place, Batch]] = []
-        place: _Place | None = _Place(0, None, {})
+        batches: list[tuple[Place, Batch]] = []
+        place: Place | None = Place(0, None, {})
         number = 0
         for position, entry in enumerate(history.heard):
             if position and self.split and position in history.cuts and place is not None:
@@ -192,13 +192,13 @@ class Hearing:
     async def _batch(
         self,
         attempt_id: str,
-        place: _Place,
+        place: Place,
         number: int,
         events: list[dict[str, Any]],
         usage: dict[str, dict[str, int]],
-        batches: list[tuple[_Place, Batch]],
+        batches: list[tuple[Place, Batch]],
         ending: Ending | None = None,
-    ) -> tuple[int, _Place]:
+    ) -> tuple[int, Place]:
         ups = [UpEvent(number + n, 1e9, event) for n, event in enumerate(events, 1)]
         batch = Batch(ups, {rank: dict(kinds) for rank, kinds in usage.items()}, ending)
         reached = await self.collector.apply(attempt_id, "x", place, batch)

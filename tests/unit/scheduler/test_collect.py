@@ -25,13 +25,13 @@ from control_plane.tables import (
     Notification,
     TrainingJob,
 )
-from scheduler.collect import ANSWER_S, Collector, _Place
+from scheduler.collect import ANSWER_S, Collector, Place
 from scheduler.executor import Batch, Ending, RankTimes, UpEvent
 from scheduler.lease import Lease, LeaseLost
 from tests.fakes import FakeExecutor
 from tests.rows import events_of, make_attempt, make_running_job
 
-START = _Place(0, None, {})
+START = Place(0, None, {})
 TABLES = (JobEvent, MetricsPoint, Checkpoint, JobLog, CostRecord, AttemptUsage, Notification)
 
 
@@ -81,7 +81,7 @@ class Bench:
             job, attempt = await make_running_job(session, **{"status": Status.INITIALIZING, **fields})
         self.job_id, self.attempt_id = job.id, attempt.id
 
-    async def apply(self, batch: Batch, place: _Place = START, collector: Collector | None = None) -> _Place | None:
+    async def apply(self, batch: Batch, place: Place = START, collector: Collector | None = None) -> Place | None:
         return await (collector or self.collector).apply(self.attempt_id, "x/1", place, batch)
 
     async def count(self) -> dict[str, int]:

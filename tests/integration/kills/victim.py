@@ -1,7 +1,8 @@
-"""A process that imports once and forks a child for each deed that is to be killed (see test_kill_at_syscalls.py).
+"""A process that imports once and forks a child for each deed that is to be killed (see syscalls.py).
 
 A line on standard input, ``DEED FOLDER``; answers ``pid N``. The child waits until somebody has written to
 ``FOLDER/go``, does the deed, and says ``done`` when it is acknowledged; then ``ended STATUS`` (of waitpid) follows.
+A deed of ``postings`` is done to the job ``FOLDER/job`` in the database ``FOLDER/url``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import asyncio
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,16 +18,13 @@ import torch
 
 from control_plane.db import Database
 from control_plane.storage import Storage
-from control_plane.tables import Attempt, TrainingJob
-from scheduler import ledger
 from scheduler.cluster.staging import upload_folder
+from tests.integration.kills import postings
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, State
 
 PR_SET_PTRACER, ANY = 0x59616D61, ctypes.c_ulong(-1)
 PREFIX = "mlflow/1/run/artifacts/checkpoints"
-JOB, ATTEMPT = "job", "attempt"
-USED_MS = 20_000
 
 
 def content(step: int) -> Checkpoint:
@@ -50,20 +47,22 @@ async def _upload(storage: Storage, folder: Path) -> None:
     await upload_folder(storage, folder, f"{PREFIX}/{folder.name}")
 
 
-def post(folder: Path) -> None:
-    asyncio.run(_post(Database(f"sqlite+aiosqlite:///{folder}/ledger.sqlite3")))
+async def _post(deed: str, folder: Path) -> None:
+    database = Database((folder / "url").read_text())
+    await postings.act(deed, database, folder, (folder / "job").read_text())
+    _acknowledge()
 
 
-async def _post(database: Database) -> None:
-    async with database.write() as session:
-        job, attempt = await session.get_one(TrainingJob, JOB), await session.get_one(Attempt, ATTEMPT)
-        await ledger.record(session, attempt, {"0": {"training": USED_MS}})
-        await ledger.post(session, job, attempt)
+def do(deed: str, folder: Path) -> None:
+    if deed in postings.DEEDS:
+        asyncio.run(_post(deed, folder))
+    else:
+        {"save": save, "upload": upload}[deed](folder)
+
+
+def _acknowledge() -> None:
     os.write(1, b"done\n")
     os._exit(0)
-
-
-DEEDS: dict[str, Callable[[Path], None]] = {"save": save, "upload": upload, "post": post}
 
 
 def main() -> None:
@@ -74,9 +73,8 @@ def main() -> None:
             ctypes.CDLL(None).prctl(PR_SET_PTRACER, ANY, 0, 0, 0)
             with open(Path(folder) / "go") as go:
                 go.read()
-            DEEDS[deed](Path(folder))
-            os.write(1, b"done\n")
-            os._exit(0)
+            do(deed, Path(folder))
+            _acknowledge()
         os.write(1, f"pid {pid}\n".encode())
         os.write(1, f"ended {os.waitpid(pid, 0)[1]}\n".encode())
 
