@@ -133,9 +133,9 @@ class Scheduler:
 
     async def _work(self) -> None:
         await self.lease.acquire()
-        async with self.lease.write() as session:
-            await prices.ensure_first(session, self._catalog)
         self._group.create_task(self.lease.keep_beating())
+        while not await self._has_price():
+            await pause(self._settings.tick_s)
         self._group.create_task(self._mirror.run())
         self._group.create_task(Accrual(self._database, self.lease).run())
         if self._deliverer is not None:
@@ -154,6 +154,18 @@ class Scheduler:
                     await self._wake.wait()
             await pause(0)
             self._wake.clear()
+
+    async def _has_price(self) -> bool:
+        """Whether there is one now; False: the database did not take the first."""
+        try:
+            async with self.lease.write() as session:
+                await prices.ensure_first(session, self._catalog)
+            return True
+        except LeaseLost:
+            raise
+        except Exception:
+            log.exception("the first price could not be written")
+            return False
 
     async def _let_go_on(self) -> None:
         """Jobs that the budget has paused go on when it allows: it was raised, a month began, a hold was released."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from asyncpg.exceptions import CannotConnectNowError
+from sqlalchemy.exc import OperationalError
 
+from control_plane.services import prices
 from control_plane.states import Outcome
 from scheduler.executor import AttemptSpec, Look, Unreachable
 from scheduler.lease import LeaseLost
@@ -59,6 +61,25 @@ async def test_a_database_that_is_starting_up_ends_no_attempt(house: House, monk
         assert refused == 40
         house.complete(name)
         assert (await house.until_job(job_id, "COMPLETED")).attempt == 1
+
+
+async def test_a_database_that_fails_a_scheduler_at_its_start_is_asked_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure, failures = prices.ensure_first, 0
+
+    async def failing(*arguments: Any) -> None:
+        nonlocal failures
+        failures += 1
+        if failures < 3:
+            raise OperationalError("SELECT", {}, Exception("disk I/O error"))
+        await ensure(*arguments)
+
+    monkeypatch.setattr(prices, "ensure_first", failing)
+    job_id = await house.new_job()
+    async with house.scheduling():
+        await house.until_running(job_id)
+    assert failures == 3
 
 
 async def test_an_attempt_that_cannot_be_ended_hinders_no_other(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
