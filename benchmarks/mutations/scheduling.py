@@ -13,6 +13,8 @@ LEDGER = "tests/unit/scheduler/test_ledger.py::"
 WATCH = "tests/unit/cluster/test_watch.py::"
 STAGING = "tests/unit/cluster/test_staging.py::"
 LOOP = "tests/integration/scheduler/test_loop.py::"
+FAULTS = "tests/integration/scheduler/test_faults.py::"
+TROUBLES = "tests/integration/scheduler/test_troubles.py::"
 RAY = "tests/contract/test_executor.py::"
 
 FENCES = (
@@ -122,7 +124,7 @@ STATE_MACHINE = (
         "control_plane/states.py",
         "            if faults > MAX_FAULT_RETRIES:\n",
         "            if faults > 1_000:\n",
-        (LOOP + "test_after_too_many_faults_the_job_fails[sqlite]",),
+        (FAULTS + "test_after_too_many_faults_the_job_fails[sqlite]",),
     ),
     Mutation(
         "adapter of a completed job",
@@ -130,7 +132,7 @@ STATE_MACHINE = (
         "scheduler/finish.py",
         ' and "adapter" not in (work.result or {}):\n',
         " and work.result is ...:\n",
-        (LOOP + "test_completion_without_an_adapter_is_a_fault[sqlite]",),
+        (FAULTS + "test_completion_without_an_adapter_is_a_fault[sqlite]",),
     ),
     Mutation(
         "unknown is not dead",
@@ -155,6 +157,30 @@ STATE_MACHINE = (
         "            if held.demand is not None:\n                self.take(held.demand)\n",
         "            if held.demand is not None and not held.ended:\n                self.take(held.demand)\n",
         (POLICY + "test_what_an_ended_attempt_has_not_released_is_not_free",),
+    ),
+    Mutation(
+        "one attempt at a time",
+        "the next attempt begins while the last may train on",
+        "scheduler/policy.py",
+        "    if work.work_id in snapshot.unreleased:\n",
+        "    if work.work_id in ():\n",
+        (POLICY + "test_while_an_attempt_may_hold_something_yet_the_next_waits_and_says_why",),
+    ),
+    Mutation(
+        "end before the books are closed",
+        "what is given up trains on, and nobody counts it",
+        "scheduler/collect.py",
+        "        await self.release(name)\n",
+        "",
+        (TROUBLES + "test_what_is_given_up_is_ended_before_the_next_begins[sqlite]",),
+    ),
+    Mutation(
+        "the database's own trouble",
+        "a healthy attempt is given up while PostgreSQL starts",
+        "control_plane/db.py",
+        ' or type(error).__module__.startswith("asyncpg."):\n',
+        ":\n",
+        (TROUBLES + "test_a_database_that_is_starting_up_ends_no_attempt[sqlite]",),
     ),
     Mutation(
         "nobody is overtaken",
