@@ -45,8 +45,21 @@ class Books:
         self.world = world
         self.oracle = oracle
         self._records: dict[str, Record] = {}
+        self._queued_again: set[str] = set()
+        """Names of attempts after which their job queued again at once, unasked."""
         self._prices: dict[str, int] = {}
         """Job → price an hour, as of its acceptance."""
+
+    def queued_again(self, job_id: str) -> None:
+        """An active job went back to the queue."""
+        self._queued_again |= {
+            name
+            for (name,) in self.oracle.rows(
+                "SELECT a.actor_name FROM attempts a JOIN training_jobs j ON j.id = a.work_id AND j.attempt = a.number"
+                " WHERE j.id = ?",
+                job_id,
+            )
+        }
 
     # After every commit.
 
@@ -137,7 +150,7 @@ class Books:
             self._check_account(name, outcome, fact, account)
             if fact is not None:
                 self._check_billed(name, outcome, fact, account, limit, lost_before)
-            lost_before = outcome == "FAULT"
+            lost_before = self._was_lost(name, outcome)
         ((status, final_cost, current_cost),) = self.oracle.rows(
             "SELECT status, final_cost_microusd, current_cost_microusd FROM training_jobs WHERE id = ?", job_id
         )
@@ -149,11 +162,15 @@ class Books:
     def _retries_what_was_lost(self, job_id: str) -> bool:
         """Whether the job is a user's retry of one that the platform lost: that one's loading is not paid twice."""
         rows = self.oracle.rows(
-            "SELECT a.outcome FROM training_jobs j JOIN training_jobs old ON old.id = j.retry_of"
+            "SELECT a.actor_name, a.outcome FROM training_jobs j JOIN training_jobs old ON old.id = j.retry_of"
             " JOIN attempts a ON a.work_id = old.id AND a.number = old.attempt WHERE j.id = ?",
             job_id,
         )
-        return bool(rows == [("FAULT",)])
+        return any(self._was_lost(name, outcome) for name, outcome in rows)
+
+    def _was_lost(self, name: str, outcome: str | None) -> bool:
+        """Whether the platform ended the attempt: its fault, or it queued the job again by itself."""
+        return outcome == "FAULT" or name in self._queued_again
 
     def _account(self, attempt_id: str) -> Account:
         ((used, absorbed),) = self.oracle.rows(

@@ -178,6 +178,8 @@ class Oracle:
         self.passages[f"{before.status} > {following}"] += 1
         if before.status in ACTIVE and following not in ACTIVE:
             self.stops.left(job_id, before.requested, following)
+            if following == "QUEUED":
+                self.books.queued_again(job_id)
             if before.requested:
                 self.passages[f"{before.status}, asked to {before.requested} > {following}"] += 1
         if before.status == "PAUSED":

@@ -48,6 +48,7 @@ class Customer:
     async def live(self, submissions: int, actions: int, until_s: float) -> None:
         doings = [(self.rng.uniform(0.0, until_s / 3), "submit") for _ in range(submissions)]
         doings += [(self.rng.uniform(5.0, until_s), self.rng.choice(ACTIONS)) for _ in range(actions)]
+        doings += [(until_s, "raise")] if self.rng.random() < 0.3 else []
         waiting = []
         for at_s, what in sorted(doings):
             await asyncio.sleep(max(0.0, at_s - self.world.elapsed_s))
@@ -143,8 +144,13 @@ class Customer:
         self._made(key, [await self._persist(ask)])
 
     async def _budget(self) -> None:
-        amount = self.rng.choice((None, "0.002", "0.004", "0.01", "0.05", "1"))
+        await self._set_budget(self.rng.choice((None, "0.002", "0.004", "0.01", "0.05", "1")))
 
+    async def _raise(self) -> None:
+        """Enough for all that was paused for want of money."""
+        await self._set_budget(self.rng.choice((None, "1")))
+
+    async def _set_budget(self, amount: str | None) -> None:
         async def ask() -> bool:
             async with self.world.database.write() as session:
                 await costs.set_budget(session, self.who, None if amount is None else Decimal(amount))
