@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
@@ -9,10 +10,11 @@ from sqlalchemy import select
 
 from control_plane.db import Database
 from control_plane.services.lifecycle import transition
-from control_plane.states import Outcome, Status, StopReason
-from control_plane.tables import Attempt, Checkpoint, CostRecord, TrainingJob
+from control_plane.states import TERMINAL, Outcome, Status, StopReason
+from control_plane.tables import Attempt, AttemptUsage, Checkpoint, CostRecord, TrainingJob, now
 from scheduler import ledger
 from scheduler.executor import RankTimes
+from scheduler.finish import tell_cost
 from scheduler.verify import Violation, verify
 from tests.rows import PRICE, make_attempt, make_running_job
 
@@ -35,7 +37,10 @@ async def report(database: Database, ids: Ids, usage: ledger.Usage, *, least_ms:
     async with database.write() as session:
         job, attempt = await session.get_one(TrainingJob, ids[0]), await session.get_one(Attempt, ids[1])
         await ledger.record(session, attempt, usage)
-        return await ledger.post(session, job, attempt, least_ms=least_ms)
+        posted = await ledger.post(session, job, attempt, least_ms=least_ms)
+        if posted:
+            await tell_cost(session, job)
+        return posted
 
 
 async def settle(
@@ -46,11 +51,20 @@ async def settle(
     held_ms: int | None = None,
     stop_reason: StopReason | None = None,
 ) -> None:
-    times = [] if held_ms is None else [RankTimes(0, 1_000, 1_000 + held_ms, "node")]
+    """``held_ms``: what the ranks held; None: what they have reported."""
     async with database.write() as session:
         job, attempt = await session.get_one(TrainingJob, ids[0]), await session.get_one(Attempt, ids[1])
+        rows = await session.scalars(select(AttemptUsage).where(AttemptUsage.attempt_id == attempt.id))
+        held: Counter[int] = Counter({rank: 0 for rank in range(job.gpu_count)})
+        for row in rows:
+            held[row.rank] += row.gpu_ms
+        if held_ms is not None:
+            held = Counter({0: held_ms})
+        times = [RankTimes(rank, 1_000, 1_000 + ms, "node") for rank, ms in held.items()]
         await ledger.settle(session, job, attempt, outcome=outcome, stop_reason=stop_reason, times=times)
         attempt.outcome, attempt.held_ms = outcome, ledger.held_ms(times)
+        attempt.exit_reason = stop_reason if outcome is Outcome.STOPPED else None
+        await tell_cost(session, job)
 
 
 async def checkpoint(database: Database, ids: Ids, step: int, usage: ledger.Usage) -> str:
@@ -69,6 +83,21 @@ async def checkpoint(database: Database, ids: Ids, step: int, usage: ledger.Usag
         session.add(made)
         await session.flush()
         return made.id
+
+
+async def tear(database: Database, job_id: str, used_id: str | None, attempt_id: str) -> bool:
+    """An attempt of the job, or of one that retries it, finds torn what is newer than the checkpoint ``used_id``."""
+    async with database.write() as session:
+        job, attempt = await session.get_one(TrainingJob, job_id), await session.get_one(Attempt, attempt_id)
+        used = await session.get_one(Checkpoint, used_id) if used_id else None
+        attempt.started_at, attempt.resumed_from = now(), used_id
+        for point in await session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id)):
+            if used is None or point.step > used.step:
+                point.deleted_at = now()
+        absorbed = await ledger.absorb_past(session, job, used)
+        if job.status not in TERMINAL:
+            await tell_cost(session, job)
+        return absorbed
 
 
 async def next_attempt(database: Database, ids: Ids, **fields: Any) -> Ids:

@@ -1,17 +1,17 @@
-"""The rules, pure: each names what it finds wrong, in the order of ``RULES``."""
+"""The rules of records, holds and budgets, pure: each names what it finds wrong."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from control_plane.money import charge, storage_charge, usd
-from control_plane.states import TERMINAL
+from control_plane.money import charge, usd
+from control_plane.states import TERMINAL, Outcome
 from control_plane.tables.money import CostType, HoldState
 from control_plane.tables.notices import NotificationType
-from scheduler.verify.books import Books, Execution, Record
+from scheduler.verify.books import Books, Execution, Job
 
 TOLERANCE_MS = 250
 """By which reported and held time of one rank may differ."""
@@ -132,7 +132,10 @@ def _posted_by_attempt(books: Books) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def held_as_used(books: Books) -> Iterator[Violation]:
-    """Billed and absorbed time make up what the ranks held by Ray's actor table; what is absorbed was used."""
+    """Billed and absorbed time make up what the ranks held by Ray's actor table; what is absorbed was used.
+
+    Only of what died with its cluster the table may know nothing.
+    """
     for attempt in books.attempts.values():
         usage = books.usage.get(attempt.id, [])
         for row in usage:
@@ -140,9 +143,12 @@ def held_as_used(books: Books) -> Iterator[Violation]:
                 message = f"rank {row.rank} {row.kind}: {row.absorbed_ms} of {row.gpu_ms} ms"
                 yield Violation("absorbed is part of used", attempt.id, message)
         used_ms = sum(row.gpu_ms for row in usage)
-        if attempt.outcome is None or attempt.held_ms is None:
+        if attempt.outcome is None:
             continue
-        if abs(used_ms - attempt.held_ms) > TOLERANCE_MS * _ranks(books, attempt):
+        if attempt.held_ms is None:
+            if used_ms and attempt.outcome is not Outcome.FAULT:
+                yield Violation("held time is known", attempt.id, f"{attempt.outcome} after {used_ms} ms")
+        elif abs(used_ms - attempt.held_ms) > TOLERANCE_MS * _ranks(books, attempt):
             yield Violation("billed + absorbed = held", attempt.id, f"{used_ms} of {attempt.held_ms} ms")
 
 
@@ -171,6 +177,30 @@ def books_closed(books: Books) -> Iterator[Violation]:
         work = books.jobs.get(attempt.work_id)
         if work is not None and attempt.outcome is None and work.status in TERMINAL:
             yield Violation("ended with its attempts", attempt.id, f"open, but the job is {work.status}")
+
+
+def told_as_posted(books: Books) -> Iterator[Violation]:
+    """The last ``cost`` event of a job's stream says what its records sum up to.
+
+    The stream of a job that has ended is closed: what a job that retries it then finds torn, it tells no more.
+    """
+    retried = {job.retry_of for job in books.jobs.values()}
+    for job in books.jobs.values():
+        told = books.told.get(job.id, {}).get("currentCost", usd(0))
+        sums = _sums(books, job) if job.status in TERMINAL and job.id in retried else [books.charged(job.id)]
+        if told not in map(usd, sums):
+            message = f"its stream says {told} USD, its records {usd(books.charged(job.id))}"
+            yield Violation("told as posted", job.id, message)
+
+
+def _sums(books: Books, job: Job) -> list[int]:
+    """Of the job's records, and before each of the reversals that come last."""
+    sums = [books.charged(job.id)]
+    for record in reversed(books.compute.get(job.id, ())):
+        if record.kind == "charge":
+            break
+        sums.append(sums[-1] - record.amount_microusd)
+    return sums
 
 
 def within_the_hold(books: Books) -> Iterator[Violation]:
@@ -232,27 +262,6 @@ def _ceiling(books: Books, team_id: str, month: str) -> int | None:
     return changes[0].details.get("from") if changes else books.teams.get(team_id)
 
 
-def storage_once_a_day(books: Books) -> Iterator[Violation]:
-    """One record a team and finished UTC day, at the price of the version that it names."""
-    versions = {version.number: version for version in books.versions.values()}
-    for record in books.records:
-        if record.cost_type is not CostType.STORAGE:
-            continue
-        day = date.fromisoformat(str(record.details.get("day", "9999-12-31")))
-        if record.dedupe_key != f"storage:{record.team_id}:{day}" or record.billing_period.date() <= day:
-            message = f"{record.dedupe_key} for {day}, recorded at {record.recorded_at}"
-            yield Violation("storage once a day", record.id, message)
-        version = versions.get(int(record.details.get("priceVersion", 0)))
-        owed = _storage_price(record, version.storage_microusd_per_gib_month, day) if version else None
-        if record.amount_microusd != owed:
-            message = f"{record.amount_microusd} micro-USD for what costs {owed}"
-            yield Violation("storage at its price", record.id, message)
-
-
-def _storage_price(record: Record, microusd_per_gib_month: int, day: date) -> int:
-    return storage_charge(int(record.details.get("bytes", 0)), microusd_per_gib_month, day)
-
-
 def alerted_once(books: Books) -> Iterator[Violation]:
     """An owner hears of a threshold once a month: the unique key says of what, and to whom."""
     for alert in books.alerts:
@@ -264,19 +273,3 @@ def alerted_once(books: Books) -> Iterator[Violation]:
         if alert.dedupe_key not in keys:
             message = f"{threshold} % of team {alert.team_id} on {alert.created_at:%Y-%m-%d} as {alert.dedupe_key}"
             yield Violation("alerted once a month", alert.id, message)
-
-
-RULES: tuple[Rule, ...] = (
-    price_pinned,
-    known_objects,
-    append_only,
-    signs,
-    rounded_once,
-    posted_as_used,
-    held_as_used,
-    books_closed,
-    within_the_hold,
-    within_the_budget,
-    storage_once_a_day,
-    alerted_once,
-)

@@ -54,7 +54,7 @@ async def test_the_command(installation: Settings) -> None:
     ids = await fill(database)
     assert await command(installation, *folder) == (
         0,
-        "The ledger balances: 6 records of 2 jobs and 3 attempts, 12 rules\n",
+        "The ledger balances: 9 records of 2 jobs and 3 attempts, 16 rules\n",
         "",
     )
     async with database.write() as session:  # the installation may be at work

@@ -14,11 +14,10 @@ from control_plane.errors import ValidationFailed
 from control_plane.schemas.costs import Statement, StatementLine, StatementSummary
 from control_plane.services import statements
 from control_plane.states import Outcome, Status, StopReason
-from control_plane.tables import Checkpoint, CostRecord, TrainingJob, base
+from control_plane.tables import CostRecord, TrainingJob, base
 from control_plane.tables.money import CostType
-from scheduler import ledger
 from scheduler.verify import verify
-from tests.ledgers import checkpoint, finish_job, next_attempt, report, running, settle
+from tests.ledgers import checkpoint, finish_job, next_attempt, report, running, settle, tear
 from tests.rows import make_team
 
 OCTOBER, NOVEMBER = datetime(2026, 10, 31, 23, 59, tzinfo=UTC), datetime(2026, 11, 30, 12, tzinfo=UTC)
@@ -37,7 +36,7 @@ class Books:
         self.idle, _ = await running(self.database, team=team, name="=1+1")
         await report(self.database, (self.idle, _), {"0": {"training": 10_000}})
         self.first = await running(self.database, team=team)
-        await checkpoint(self.database, self.first, 5, {"0": {"training": 10_000}})
+        self.used = await checkpoint(self.database, self.first, 5, {"0": {"training": 10_000}})
         await checkpoint(self.database, self.first, 9, {"0": {"training": 30_000}})
         await report(self.database, self.first, {"0": {"training": 30_000}})
         await settle(self.database, self.first, Outcome.STOPPED, stop_reason=StopReason.PAUSE, held_ms=30_000)
@@ -46,8 +45,6 @@ class Books:
         self.clock[0] = NOVEMBER
         async with self.database.write() as session:
             job = await session.get_one(TrainingJob, self.first[0])
-            used = (await session.scalars(select(Checkpoint).where(Checkpoint.step == 5))).one()
-            await ledger.absorb_past(session, job, used)
             session.add(
                 CostRecord(
                     team_id=job.team_id,
@@ -59,6 +56,7 @@ class Books:
                 )
             )
         second = await next_attempt(self.database, self.first)
+        assert await tear(self.database, self.first[0], self.used, second[1])
         await report(self.database, second, {"0": {"training": 25_000}})
         await settle(self.database, second, Outcome.COMPLETED, held_ms=25_000)
         await finish_job(self.database, self.first[0], Status.COMPLETED)

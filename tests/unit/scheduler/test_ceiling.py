@@ -20,6 +20,7 @@ from control_plane.services import budget, paused
 from control_plane.states import Outcome, StopReason
 from control_plane.tables import Attempt, BudgetHold, CostRecord, TrainingJob, base
 from scheduler import ledger
+from scheduler.finish import tell_cost
 from tests.conftest import without_fsync
 from tests.ledgers import checkpoint, finish_job, next_attempt, settle, violations
 from tests.rows import make_running_job, make_team
@@ -64,7 +65,8 @@ class Team:
             row = await session.get_one(TrainingJob, job.ids[0], with_for_update=True)
             attempt = await session.get_one(Attempt, job.ids[1])
             await ledger.record(session, attempt, {"0": {"training": job.used_ms}})
-            await ledger.post(session, row, attempt)
+            if await ledger.post(session, row, attempt):
+                await tell_cost(session, row)
             await ledger.reserve(session, row, ahead_ms=AHEAD_MS * row.gpu_count)
             job.allowance_ms = await ledger.allowance_ms(session, row, attempt, AHEAD_MS * row.gpu_count)
 
@@ -78,7 +80,7 @@ class Team:
         await self.hear(job)
         reason = StopReason.BUDGET if outcome is Outcome.STOPPED else None
         await settle(self.database, job.ids, outcome, stop_reason=reason)
-        job.ids = await next_attempt(self.database, job.ids)
+        job.ids = await next_attempt(self.database, job.ids, recovery=outcome is Outcome.FAULT)
         job.used_ms, job.allowance_ms = 0, 0
 
     async def posted(self) -> Counter[str]:

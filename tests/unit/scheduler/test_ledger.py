@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from control_plane.db import Database
 from control_plane.services import paused
 from control_plane.states import Outcome, Status, StopReason
-from control_plane.tables import AttemptUsage, Checkpoint, CostRecord, TrainingJob
+from control_plane.tables import AttemptUsage, CostRecord, TrainingJob
 from scheduler import ledger
 from tests.ledgers import (
     HOUR_MS,
@@ -23,6 +23,7 @@ from tests.ledgers import (
     report,
     running,
     settle,
+    tear,
     violations,
 )
 from tests.rows import PRICE, make_running_job, make_team
@@ -196,13 +197,6 @@ async def test_time_absorbed_before_leaves_the_allowance(database: Database) -> 
         assert await ledger.allowance_ms(session, job, attempt, 1_800_000) == 40_000 + 5_000
 
 
-async def absorb_past(database: Database, job_id: str, checkpoint_id: str | None) -> bool:
-    async with database.write() as session:
-        job = await session.get_one(TrainingJob, job_id)
-        point = checkpoint_id and await session.get_one(Checkpoint, checkpoint_id)
-        return await ledger.absorb_past(session, job, point or None)
-
-
 async def torn(database: Database) -> tuple[list[tuple[str, str]], str]:
     """Three attempts, each with checkpoints after 10 and 20 s and then paused; the first checkpoint of the second."""
     attempts, second = [await running(database, gpu_count=2)], ""
@@ -225,7 +219,7 @@ async def test_torn_checkpoints_take_what_was_billed_past_the_whole_one(database
     before = await records(database, attempts[0][0])
     current = await next_attempt(database, attempts[0])
     await report(database, current, {"0": {"training": 5_000}})
-    assert await absorb_past(database, attempts[0][0], second)
+    assert await tear(database, attempts[0][0], second, current[1])
     assert (await records(database, attempts[0][0]))[len(before) :] == [
         ("reversal", -23_000, -2_300),
         ("absorbed", 23_000, 0),
@@ -235,7 +229,7 @@ async def test_torn_checkpoints_take_what_was_billed_past_the_whole_one(database
     async with database.read() as session:
         found = await session.scalars(select(CostRecord).order_by(CostRecord.recorded_at).offset(len(before)))
         assert [record.attempt_id for record in found] == [attempts[1][1]] * 2 + [attempts[2][1]] * 2
-    assert not await absorb_past(database, attempts[0][0], second)
+    assert not await tear(database, attempts[0][0], second, current[1])
     for late in attempts:
         await report(database, late, {"0": {"training": 99_000}}, least_ms=0)
         await settle(database, late, Outcome.STOPPED, stop_reason=StopReason.PAUSE)
@@ -247,9 +241,9 @@ async def test_torn_checkpoints_take_what_was_billed_past_the_whole_one(database
 
 async def test_a_later_tear_takes_more_and_starting_over_takes_all(database: Database) -> None:
     attempts, second = await torn(database)
-    await next_attempt(database, attempts[0])
-    await absorb_past(database, attempts[0][0], second)
-    assert await absorb_past(database, attempts[0][0], None)
+    _, third = await next_attempt(database, attempts[0])
+    await tear(database, attempts[0][0], second, third)
+    assert await tear(database, attempts[0][0], None, third)
     assert sum(amount for *_, amount in await records(database, attempts[0][0])) == 0
     assert await violations(database) == []
 
@@ -257,7 +251,8 @@ async def test_a_later_tear_takes_more_and_starting_over_takes_all(database: Dat
 async def test_a_job_that_has_ended_is_given_back_what_its_retry_lost(database: Database) -> None:
     attempts, second = await torn(database)
     before = await finish_job(database, attempts[0][0])
-    assert await absorb_past(database, attempts[0][0], second)
+    _, retry = await running(database, gpu_count=2, retry_of=before.id)
+    assert await tear(database, before.id, second, retry)
     async with database.read() as session:
         after = await session.get_one(TrainingJob, attempts[0][0])
     assert after.final_cost_microusd == after.current_cost_microusd == (before.final_cost_microusd or 0) - 6_500
