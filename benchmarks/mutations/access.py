@@ -6,7 +6,7 @@ from benchmarks.mutations.mutation import Mutation
 
 DELIVER = "tests/integration/scheduler/test_deliver.py::"
 DELIVER_FAULTS = "tests/integration/scheduler/test_deliver_faults.py::"
-JOBS = "tests/integration/api/test_jobs.py::"
+IDEMPOTENCY = "tests/integration/api/test_idempotency.py::"
 ACCOUNTS = "tests/integration/api/test_accounts.py::"
 DATASETS = "tests/integration/api/test_datasets.py::"
 COSTS = "tests/integration/api/test_models_and_costs.py::"
@@ -19,7 +19,7 @@ ACCESS = (
         "control_plane/services/idempotency.py",
         "        if kept.body_sha256 != body:\n",
         "        if kept.body_sha256 is None:\n",
-        (JOBS + "test_the_same_request_twice_is_one_job_and_another_body_a_conflict",),
+        (IDEMPOTENCY + "test_the_same_request_twice_is_one_job_and_another_body_a_conflict",),
     ),
     Mutation(
         "owner predicate",

@@ -12,7 +12,7 @@ GOING_ON = "tests/integration/scheduler/test_going_on.py::"
 TORN = "tests/integration/scheduler/test_torn.py::"
 JOBS = "tests/integration/api/test_jobs.py::"
 COSTS = "tests/integration/api/test_models_and_costs.py::"
-RAY = "tests/contract/test_executor.py::"
+ENDINGS = "tests/contract/test_endings.py::"
 
 MONEY = (
     Mutation(
@@ -117,7 +117,7 @@ MONEY = (
         "scheduler/cluster/supervisor.py",
         "        if self._beyond_allowance_ms() >= 0:\n",
         "        if self._beyond_allowance_ms() >= 20_000:\n",
-        (RAY + "test_without_a_further_allowance_it_stops_by_itself[ray]",),
+        (ENDINGS + "test_without_a_further_allowance_it_stops_by_itself[ray]",),
     ),
     Mutation(
         "force at the ceiling",
@@ -125,7 +125,7 @@ MONEY = (
         "scheduler/cluster/supervisor.py",
         "        if over_ms >= self._spec.overrun_ms:\n",
         "        if over_ms >= self._spec.overrun_ms * 1000:\n",
-        (RAY + "test_who_does_not_stop_at_the_allowance_is_ended_by_force[ray]",),
+        (ENDINGS + "test_who_does_not_stop_at_the_allowance_is_ended_by_force[ray]",),
     ),
     Mutation(
         "budget resume guard",

@@ -26,6 +26,8 @@ from tests.ray_cluster import RayCluster
 from trainer.protocol import USER_FAULTS
 
 Script = list[dict[str, Any]]
+FOREVER: Script = [{"do": "train", "steps": 100_000}]
+TOLERANCE_MS = 250
 GRACE_S = 1.0
 NEWEST = 1000
 """Epoch of a scheduler that nothing refuses."""

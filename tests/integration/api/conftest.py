@@ -10,11 +10,14 @@ import httpx
 import pytest
 from argon2 import PasswordHasher
 from litestar import Litestar
+from sqlalchemy import select
 
 from control_plane.app import create_app
 from control_plane.db import Database
 from control_plane.services import passwords
 from control_plane.settings import Settings
+from control_plane.tables import BudgetHold
+from control_plane.tables.money import HoldState
 from tests.factories import Account, make_account
 
 BASE = "http://brightrun.test"
@@ -109,3 +112,9 @@ async def somebody(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Pa
     settings = make_settings(folder / "data", f"sqlite+aiosqlite:///{folder}/shared.sqlite3")
     async with client_of(create_app(settings)) as http:
         yield await make_account(http)
+
+
+async def holds(db: Database) -> list[tuple[HoldState, int]]:
+    async with db.read() as session:
+        rows = await session.execute(select(BudgetHold.state, BudgetHold.amount_microusd))
+        return [(state, amount) for state, amount in rows]
