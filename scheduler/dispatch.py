@@ -106,7 +106,7 @@ class Dispatcher:
                 actor_name=attempt_name(work),
                 lease_epoch=self._lease.epoch,
                 resumed_from=saved[0].id if saved else None,
-                recovery=previous is not None and was_lost(previous.outcome, previous.exit_reason),
+                recovery=previous is not None and _follows_a_loss(previous),
             )
             session.add(attempt)
             if isinstance(work, TrainingJob):
@@ -213,3 +213,9 @@ async def _last_attempt(session: AsyncSession, work: AnyWork) -> Attempt | None:
     if work.attempt == 0 and isinstance(work, TrainingJob) and work.retry_of is not None:
         return await attempt_of(session, await session.get_one(TrainingJob, work.retry_of))
     return await attempt_of(session, work)
+
+
+def _follows_a_loss(previous: Attempt) -> bool:
+    """Whether the next attempt loads at the platform's expense; one that was never started took nothing over."""
+    never_started = previous.outcome is Outcome.STOPPED and previous.cluster_id is None
+    return previous.recovery if never_started else was_lost(previous.outcome, previous.exit_reason)

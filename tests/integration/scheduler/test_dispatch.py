@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from control_plane.services import paused
 from control_plane.services.lifecycle import request_stop
-from control_plane.states import Status, StopReason
+from control_plane.states import Outcome, Status, StopReason
 from control_plane.tables import TrainingJob
 from scheduler.executor import AttemptSpec, Unreachable
 from scheduler.tracking import Run, TrackingDown, TrackingRefused
@@ -13,13 +14,13 @@ from scheduler.verify import verify
 from tests.integration.scheduler.conftest import House
 
 
-async def never_started(house: House, monkeypatch: pytest.MonkeyPatch) -> str:
+async def never_started(house: House, monkeypatch: pytest.MonkeyPatch, job_id: str | None = None) -> str:
     """A job whose attempt is committed, but of which the cluster has never heard."""
 
     async def start(spec: AttemptSpec) -> None:
         raise Unreachable("no answer within 20 s")
 
-    job_id = await house.new_job()
+    job_id = job_id or await house.new_job()
     with monkeypatch.context() as patch:
         patch.setattr(house.executor, "start", start)
         async with house.scheduling():
@@ -69,6 +70,25 @@ async def test_what_is_no_longer_offered_goes_back_into_the_queue_and_waits(
         await house.until_running(job_id, 2)
     assert (job.status, job.retry_count) == (Status.QUEUED, 0)
     await in_order(house)
+
+
+async def test_reloading_after_a_fault_is_absorbed_also_when_an_attempt_between_was_never_started(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await house.new_job()
+    async with house.scheduling():
+        name = await house.until_running(job_id)
+        await house.until_heard(name)
+    house.executor.end(name, Outcome.FAULT, code="RANK_DIED", message="no")
+    await never_started(house, monkeypatch, job_id)
+    await ask(house, job_id, StopReason.PAUSE)
+    async with house.scheduling():
+        await house.until_job(job_id, "PAUSED")
+        async with house.database.write() as session:
+            await paused.resume(session, await session.get_one(TrainingJob, job_id, with_for_update=True))
+        await house.until_running(job_id, 3)
+    assert [attempt.recovery for attempt in await house.attempts(job_id)] == [False, True, True]
+    assert f"{job_id}/2" not in house.executor.attempts
 
 
 @pytest.mark.parametrize("error", [TrackingRefused("400 the experiment is deleted"), TrackingDown("500"), KeyError()])
