@@ -150,7 +150,7 @@ class Books:
             self._check_account(name, outcome, fact, account)
             if fact is not None:
                 self._check_billed(name, outcome, fact, account, limit, lost_before)
-            lost_before = self._was_lost(name, outcome)
+            lost_before = self._lost(name, outcome, lost_before)
         ((status, final_cost, current_cost),) = self.oracle.rows(
             "SELECT status, final_cost_microusd, current_cost_microusd FROM training_jobs WHERE id = ?", job_id
         )
@@ -163,13 +163,19 @@ class Books:
         """Whether the job is a user's retry of one that the platform lost: that one's loading is not paid twice."""
         rows = self.oracle.rows(
             "SELECT a.actor_name, a.outcome FROM training_jobs j JOIN training_jobs old ON old.id = j.retry_of"
-            " JOIN attempts a ON a.work_id = old.id AND a.number = old.attempt WHERE j.id = ?",
+            " JOIN attempts a ON a.work_id = old.id WHERE j.id = ? ORDER BY a.number",
             job_id,
         )
-        return any(self._was_lost(name, outcome) for name, outcome in rows)
+        lost = False
+        for name, outcome in rows:
+            lost = self._lost(name, outcome, lost)
+        return lost
 
-    def _was_lost(self, name: str, outcome: str | None) -> bool:
-        """Whether the platform ended the attempt: its fault, or it queued the job again by itself."""
+    def _lost(self, name: str, outcome: str | None, before: bool) -> bool:
+        """Whether the platform ended the attempt: its fault, or it queued the job again by itself. One that was never
+        started leaves it as it was ``before``."""
+        if outcome == "STOPPED" and name not in self.world.cluster.facts:
+            return before
         return outcome == "FAULT" or name in self._queued_again
 
     def _account(self, attempt_id: str) -> Account:
