@@ -285,10 +285,11 @@ async def _store(session: AsyncSession, claimed: Claimed, heard: list[Heard], us
     if not isinstance(work, TrainingJob):
         await VerdictProjection(session, work, attempt).apply(heard)
         return []
-    await JobProjection(session, work, attempt).apply(heard)
+    projection = JobProjection(session, work, attempt)
+    await projection.apply(heard)
     await ledger.record(session, attempt, usage)
     if await ledger.post(session, work, attempt):
         await tell_cost(session, work)
     if any(isinstance(item.event, Stored) for item in heard):
-        return await retention.mark_obsolete(session, work.id)
-    return []
+        return projection.torn + await retention.mark_obsolete(session, work.id)
+    return projection.torn

@@ -43,7 +43,10 @@ MIB = 1024 * 1024
 
 
 class JobProjection:
-    """Applies one batch of one attempt to its job; ``apply`` leaves everything flushed."""
+    """Applies one batch of one attempt to its job; ``apply`` leaves everything flushed.
+
+    ``torn``: storage prefixes of checkpoints that were given up, to delete once the transaction has committed.
+    """
 
     def __init__(self, session: AsyncSession, job: TrainingJob, attempt: Attempt) -> None:
         self._session = session
@@ -51,6 +54,7 @@ class JobProjection:
         self._attempt = attempt
         self._points: dict[int, MetricsPoint] = {}
         self._out: list[NewEvent] = []
+        self.torn: list[str] = []
 
     async def apply(self, heard: list[Heard]) -> None:
         steps = {h.event.step for h in heard if isinstance(h.event, Metrics | Evaluation)}
@@ -178,6 +182,7 @@ class JobProjection:
             await ledger.absorb_past(self._session, job, used if used and used.job_id == job_id else None)
         for point in torn:
             point.deleted_at = now()
+            self.torn.append(point.storage_key)
         if torn:
             steps = ", ".join(str(point.step) for point in torn)
             entry = log_entry(self._job.id, heard.at, "WARNING", f"{TORN} {steps}", None)

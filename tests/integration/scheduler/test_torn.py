@@ -36,6 +36,12 @@ async def test_work_that_a_torn_checkpoint_lost_is_billed_once(house: House) -> 
         saved = await checkpoints(house, job_id)
         assert (saved[5].deleted_at, saved[10].deleted_at is None) == (None, False)
         assert (await house.job(job_id)).current_cost_microusd == 5 * PRICE // 3600
+
+        async def files_gone() -> bool:
+            return not await house.storage.list(saved[10].storage_key + "/")
+
+        await house.until("the torn checkpoint's files to be deleted", files_gone)
+        assert await house.storage.list(saved[5].storage_key + "/")
         house.train(name, 6, 20)
         house.complete(name)
         job = await house.until_job(job_id, Status.COMPLETED)
