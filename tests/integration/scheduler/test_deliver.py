@@ -62,7 +62,7 @@ async def test_an_event_is_told_once_however_often_it_is_repeated(office: PostOf
 
 
 async def test_tries_go_on_with_growing_pauses_and_then_end(office: PostOffice, clock: Ahead) -> None:
-    webhook_id = await office.webhook("/a")
+    webhook_id = await office.webhook("/a", events=["job.completed"])
     statuses = [500 + place for place in range(len(RETRY_PAUSES_S) + 1)]
     office.receiver.script["/a"] = [*statuses]
     await office.tell("one")
