@@ -1,19 +1,20 @@
 """The collector and the ledger against a naive oracle that shares no code with them.
 
 A job's history is a list of slices of GPU time, each paid by the user until something makes it the platform's. The same
-history is heard in different ways (split, late, repeated, over the turn of a month) and must cost the same every time.
+history is heard in different ways (split, late, repeated, permuted, over the turn of a month) and must cost the same
+every time.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from scheduler.executor import Batch, Ending, RankTimes, UpEvent
 from scheduler.lease import Lease
 from scheduler.verify import verify
 from tests.conftest import without_fsync
+from tests.gone import GoneExecutor
 from tests.rows import make_attempt, make_job
 
 RANKS = 2
@@ -53,8 +55,8 @@ class History:
     unheard: int
     """Slices at its end that nobody heard of, if it died."""
     tail_ms: int
-    cuts: list[int]
-    """Places at which it is heard."""
+    answers: list[tuple[int | None, int]]
+    """(events that whoever asks has heard of, None: all that are stored; slices that are over), in order of arrival."""
 
     @property
     def heard(self) -> Slices:
@@ -65,6 +67,9 @@ slices = st.lists(
     st.one_of(st.none(), st.tuples(st.integers(0, RANKS - 1), st.sampled_from(KINDS), st.integers(1, 9_000))),
     max_size=9,
 )
+LOST = ("FAULT", "DEAD", "PREEMPT")
+RELOADED = (*LOST, "BUDGET")
+"""After these the platform pays for loading again; nobody set a budget, so BUDGET means that no scheduler was there."""
 ENDS = ("FAULT", "DEAD", "PREEMPT", "PAUSE", "BUDGET", "CANCEL", "FAILED", "COMPLETED")
 attempts = st.builds(
     History,
@@ -73,7 +78,7 @@ attempts = st.builds(
     torn=st.integers(0, KEPT),
     unheard=st.integers(0, 3),
     tail_ms=st.integers(0, 400),
-    cuts=st.lists(st.integers(0, 9), max_size=4),
+    answers=st.lists(st.tuples(st.none() | st.integers(0, 9), st.integers(0, 9)), max_size=6),
 )
 
 
@@ -100,7 +105,7 @@ class Oracle:
             else:
                 user = not (recovery and entry[1] == "loading")
                 self.paid.append({"attempt": number, "place": place, "ms": entry[2], "user": user})
-        if history.end in ("FAULT", "DEAD", "PREEMPT"):
+        if history.end in LOST:
             for piece in self.paid:
                 if piece["attempt"] == number and piece["place"] >= last_point:
                     piece["user"] = False
@@ -117,6 +122,52 @@ class Oracle:
         return round(Fraction(sum(self.billed().values()) * PRICE, 3_600_000))
 
 
+class Told:
+    """What an attempt's supervisor has to tell."""
+
+    def __init__(self, history: History, first: dict[str, Any], steps: Iterator[int]) -> None:
+        self.ups, self.known, self.usage = [UpEvent(1, 1e9, first)], [1], [usage_of([])]
+        for place, entry in enumerate(history.heard, 1):
+            self.usage.append(usage_of(history.heard[:place]))
+            if entry is None:
+                self.ups.append(UpEvent(len(self.ups) + 1, 1e9, stored(next(steps), self.usage[-1])))
+            self.known.append(len(self.ups))
+        if history.end == "COMPLETED":
+            file = {"key": "m/adapter/a", "size": 1, "sha256": "0"}
+            self.ups.append(UpEvent(len(self.ups) + 1, 1e9, {"type": "adapter", "files": {"a": file}, "best_step": 1}))
+        self.known[-1] = len(self.ups)
+        used = usage_of(history.slices)
+        self.times = [RankTimes(int(r), 1, 1 + sum(used[r].values()) + history.tail_ms, "n") for r in used]
+        self.ending = ending(history.end, self.times)
+
+    def answer(self, since: int, place: int) -> Batch:
+        """Events after number ``since``, once the ``place``-th slice (or entry) is over."""
+        place = place % len(self.known)
+        last = place == len(self.known) - 1
+        usage = {rank: dict(kinds) for rank, kinds in self.usage[place].items()}
+        return Batch(self.ups[since : self.known[place]], usage, self.ending if last else None)
+
+
+def usage_of(slices: Slices) -> dict[str, dict[str, int]]:
+    usage: dict[str, dict[str, int]] = {str(rank): {} for rank in range(RANKS)}
+    for rank, kind, ms in filter(None, slices):
+        usage[str(rank)][kind] = usage[str(rank)].get(kind, 0) + ms
+    return usage
+
+
+def stored(step: int, usage: dict[str, dict[str, int]]) -> dict[str, Any]:
+    files = {"key": f"k/{step}", "size": 1, "sha256": "0"}
+    return {"type": "stored", "step": step, "epoch": 0, "loss": 1.0, "usage": usage, **files}
+
+
+def ending(end: str, times: list[RankTimes]) -> Ending | None:
+    if end == "DEAD":
+        return None
+    if end in ("FAULT", "FAILED", "COMPLETED"):
+        return Ending(end, "" if end == "COMPLETED" else "CODE", "said", times=times)
+    return Ending("STOPPED", stop_reason=end, times=times)
+
+
 @dataclass
 class Hearing:
     """One job in a database of its own, and a collector that hears its attempts."""
@@ -129,16 +180,11 @@ class Hearing:
     numbers: Any = field(default_factory=lambda: count(1))
 
     async def begin(self) -> None:
-        self.times: list[RankTimes] = []
-
-        async def times(_name: str) -> list[RankTimes]:
-            return self.times
-
+        self.executor: Any = GoneExecutor()
         lease = Lease(self.database, 60)
         await lease.try_acquire()
-        executor: Any = SimpleNamespace(times=times)
         self.collector = Collector(
-            self.database, lease, executor, Storage((self.folder / "objects").as_uri()), allowance_s=1800
+            self.database, lease, self.executor, Storage((self.folder / "objects").as_uri()), allowance_s=1800
         )
         async with self.database.write() as session:
             job = await make_job(session, gpu_count=RANKS, price_microusd=PRICE)
@@ -155,84 +201,43 @@ class Hearing:
             points = list(await session.scalars(whole))
         used = points[history.torn :][:1]
         first = {"type": "started", "node": "n", "ranks": RANKS, "checkpoint_id": used[0].id if used else None}
-        await self.hear(attempt.id, history, [{**first, "step": used[0].step if used else 0}])
+        await self.hear(attempt.id, history, {**first, "step": used[0].step if used else 0})
         async with self.database.read() as session:
             return (await session.get_one(TrainingJob, self.job_id)).status
 
-    async def hear(self, attempt_id: str, history: History, events: list[dict[str, Any]]) -> None:
-        """Batch by batch, each also a second time, and lower usage between them."""
-        usage: dict[str, dict[str, int]] = {str(rank): {} for rank in range(RANKS)}
-        batches: list[tuple[Place, Batch]] = []
-        place: Place | None = Place(0, None, {})
-        number = 0
-        for position, entry in enumerate(history.heard):
-            if position and self.split and position in history.cuts and place is not None:
-                number, place = await self._batch(attempt_id, place, number, events, usage, batches)
-                events = []
-            if entry is None:
-                events.append(self.stored(usage))
-            else:
-                rank, kind, ms = entry
-                usage[str(rank)][kind] = usage[str(rank)].get(kind, 0) + ms
-        held = Counter({rank: history.tail_ms for rank in range(RANKS)})
-        for rank, _, ms in filter(None, history.slices):
-            held[rank] += ms
-        self.times = [RankTimes(rank, 1, 1 + ms, "n") for rank, ms in held.items()]
-        if history.end == "COMPLETED":
-            file = {"key": "m/adapter/a", "size": 1, "sha256": "0"}
-            events.append({"type": "adapter", "files": {"a": file}, "best_step": 1})
-        ending = self.ending(history.end)
-        assert place is not None
-        await self._batch(attempt_id, place, number, events, usage, batches, ending)
-        if ending is None:
+    async def hear(self, attempt_id: str, history: History, first: dict[str, Any]) -> None:
+        """What a supervisor may have answered at any time to anybody, in any order; then the rest."""
+        told = Told(history, first, self.numbers)
+        self.executor.held = told.times
+        answers = history.answers if self.split else []
+        for since, place in answers:
+            cursor, ended = await self.cursor(attempt_id)
+            if await self.apply(attempt_id, told, cursor if since is None else since % (len(told.ups) + 1), place):
+                self.clock[0] += timedelta(days=11)
+                await self.sound()
+        cursor, ended = await self.cursor(attempt_id)
+        assert await self.apply(attempt_id, told, cursor, -1) is not ended
+        if told.ending is None:
             await self.collector.declare_fault(attempt_id, "x", "SUPERVISOR_DIED", "dead")
-        for old, batch in batches:
-            assert await self.collector.apply(attempt_id, "x", old, batch) is None
-
-    async def _batch(
-        self,
-        attempt_id: str,
-        place: Place,
-        number: int,
-        events: list[dict[str, Any]],
-        usage: dict[str, dict[str, int]],
-        batches: list[tuple[Place, Batch]],
-        ending: Ending | None = None,
-    ) -> tuple[int, Place]:
-        ups = [UpEvent(number + n, 1e9, event) for n, event in enumerate(events, 1)]
-        batch = Batch(ups, {rank: dict(kinds) for rank, kinds in usage.items()}, ending)
-        reached = await self.collector.apply(attempt_id, "x", place, batch)
-        assert reached is not None
-        if ups:
-            batches.append((place, batch))
-            assert await self.collector.apply(attempt_id, "x", place, batch) is None
-        if ending is None and self.split:
-            lower = {rank: {kind: ms // 2 for kind, ms in kinds.items()} for rank, kinds in usage.items()}
-            await self.collector.apply(attempt_id, "x", reached, Batch([], lower))
-            self.clock[0] += timedelta(days=11)
+        for since, place in [(0, -1), *answers]:
+            assert not await self.apply(attempt_id, told, since or 0, place)
         await self.sound()
-        return number + len(ups), reached
 
-    def stored(self, usage: dict[str, dict[str, int]]) -> dict[str, Any]:
-        step = next(self.numbers)
-        stamp = {rank: dict(kinds) for rank, kinds in usage.items()}
-        return {
-            "type": "stored",
-            "step": step,
-            "epoch": 0,
-            "loss": 1.0,
-            "key": f"k/{step}",
-            "size": 1,
-            "sha256": "0",
-            "usage": stamp,
-        }
+    async def apply(self, attempt_id: str, told: Told, since: int, place: int) -> bool:
+        """Whether an answer counted; it must, just if it goes on from where the attempt has been heard."""
+        cursor, ended = await self.cursor(attempt_id)
+        batch = told.answer(since, place)
+        counted = await self.collector.apply(attempt_id, "x", Place(since, None, {}), batch) is not None
+        assert counted is (since == cursor and not ended)
+        reached = batch.events[-1].number if counted and batch.events else cursor
+        assert await self.cursor(attempt_id) == (reached, ended or (counted and batch.ending is not None))
+        return counted
 
-    def ending(self, end: str) -> Ending | None:
-        if end == "DEAD":
-            return None
-        if end in ("FAULT", "FAILED", "COMPLETED"):
-            return Ending(end, "" if end == "COMPLETED" else "CODE", "said", times=self.times)
-        return Ending("STOPPED", stop_reason=end, times=self.times)
+    async def cursor(self, attempt_id: str) -> tuple[int, bool]:
+        """… and whether the attempt has ended."""
+        async with self.database.read() as session:
+            attempt = await session.get_one(Attempt, attempt_id)
+            return attempt.event_cursor, attempt.outcome is not None
 
     async def sound(self) -> None:
         """The ledger verifies, and no month that is over has changed."""
@@ -282,7 +287,7 @@ async def test_however_it_is_heard_a_history_costs_what_the_oracle_says(
                 status = await hearing.attempt(history, recovery)
                 if not split:
                     oracle.attempt(number, history, recovery)
-                recovery = history.end in ("FAULT", "DEAD", "PREEMPT")
+                recovery = history.end in RELOADED
                 if status in TERMINAL:
                     break
             await hearing.sound()
