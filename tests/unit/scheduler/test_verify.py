@@ -151,6 +151,22 @@ async def test_each_broken_invariant_is_named(database: Database) -> None:
             assert (rule, ids[victim]) in found, (rule, victim, how, found)
 
 
+async def test_a_paid_job_that_is_made_out_to_be_the_platforms_is_found_out(database: Database) -> None:
+    """Usage, records and costs agree with each other, and still it is not true."""
+    ids = await running(database)
+    await report(database, ids, {"0": {"loading": 2_000, "training": 60_000}})
+    await settle(database, ids, Outcome.COMPLETED)
+    await finish_job(database, ids[0], Status.COMPLETED)
+    assert await violations(database) == []
+    async with database.write() as session:
+        await session.execute(text("UPDATE attempt_usage SET absorbed_ms = gpu_ms"))
+        await session.execute(text("UPDATE training_jobs SET final_cost_microusd = 0, current_cost_microusd = 0"))
+        record = (await session.scalars(select(CostRecord))).one()
+        record.details, record.amount_microusd = {**record.details, "kind": "absorbed"}, 0
+    found = {violation.rule for violation in await violations(database)}
+    assert found == {"only what was lost is absorbed", "told as posted"}
+
+
 async def test_a_budget_that_is_lowered_below_what_is_held_is_no_violation(database: Database) -> None:
     async with database.write() as session:
         team = await make_team(session)
