@@ -16,7 +16,8 @@ from scheduler.executor import UpEvent
 log = logging.getLogger(__name__)
 MEMORY_EVENTS = 2_000
 SPILL_BYTES = 64 * 1024 * 1024
-"""Beyond this, and while the disk takes nothing, events that only describe are given up (before they get a number, so that there is no gap)."""
+"""Beyond this, and while the disk takes nothing, events that only describe are given up (before they get a number, so
+that there is no gap)."""
 EXPENDABLE = frozenset({"metrics", "log", "progress", "phase", "sample"})
 
 
