@@ -57,9 +57,7 @@ class JobController(Controller):
 
         async def run() -> NewJob:
             installation.require_room()
-            job, ready = await jobs.create(session, who, data, installation.catalog, default)
-            position = (await jobs.queue_positions(session, [job]))[job.id]
-            return NewJob(job_id=job.id, queue_position=position, estimate=ready.estimate, warnings=ready.warnings)
+            return await jobs.submit(session, who, data, installation.catalog, default)
 
         return ok(await idempotent(NewJob, run))
 

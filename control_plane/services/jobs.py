@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import Conflict, ValidationFailed
 from control_plane.schemas.base import Pagination
-from control_plane.schemas.jobs import ChangeJob, CreateJob, Estimate, Warning
+from control_plane.schemas.jobs import ChangeJob, CreateJob, Estimate, NewJob, Warning
 from control_plane.services import budget, lifecycle, presets, prices
 from control_plane.services.accounts import audit
 from control_plane.services.catalog import BaseModelEntry, Catalog, GpuType
@@ -138,12 +138,17 @@ async def _check_parent(
         raise ValidationFailed("Invalid input data", fields=fields)
 
 
-async def create(
+async def submit(
     session: AsyncSession, who: Principal, body: CreateJob, catalog: Catalog, default_model: str
-) -> tuple[TrainingJob, Prepared]:
-    """Accept a job: hold its upper estimate, pin the price, queue it; all in the caller's one transaction."""
+) -> NewJob:
+    """Accept a job: hold its upper estimate, pin the price, queue it; all in the caller's one transaction.
+
+    Raises NotFound, ValidationFailed, Conflict, BudgetExceeded.
+    """
     ready = await prepare(session, who, body, catalog, default_model, lock=True)
-    return await accept(session, who, body, ready), ready
+    job = await accept(session, who, body, ready)
+    position = (await queue_positions(session, [job]))[job.id]
+    return NewJob(job_id=job.id, queue_position=position, estimate=ready.estimate, warnings=ready.warnings)
 
 
 async def accept(session: AsyncSession, who: Principal, body: CreateJob, ready: Prepared, **fields: Any) -> TrainingJob:

@@ -48,7 +48,8 @@ class Customer:
     async def live(self, submissions: int, actions: int, until_s: float) -> None:
         doings = [(self.rng.uniform(0.0, until_s / 3), "submit") for _ in range(submissions)]
         doings += [(self.rng.uniform(5.0, until_s), self.rng.choice(ACTIONS)) for _ in range(actions)]
-        doings += [(until_s, "raise")] if self.rng.random() < 0.3 else []
+        if self.rng.random() < 0.3:
+            doings += [(self.rng.uniform(0.3, 0.6) * until_s, "lower"), (until_s, "raise")]
         waiting = []
         for at_s, what in sorted(doings):
             await asyncio.sleep(max(0.0, at_s - self.world.elapsed_s))
@@ -83,9 +84,7 @@ class Customer:
             )
 
             async def run() -> NewJob:
-                job, ready = await jobs.create(session, self.who, body, self.world.catalog, body.base_model or MODEL)
-                position = (await jobs.queue_positions(session, [job]))[job.id]
-                return NewJob(job_id=job.id, queue_position=position, estimate=ready.estimate, warnings=ready.warnings)
+                return await jobs.submit(session, self.who, body, self.world.catalog, body.base_model or MODEL)
 
             answer = await idempotency.once(session, request, NewJob, run)
         return answer.job_id
@@ -145,6 +144,10 @@ class Customer:
 
     async def _budget(self) -> None:
         await self._set_budget(self.rng.choice((None, "0.002", "0.004", "0.01", "0.05", "1")))
+
+    async def _lower(self) -> None:
+        """Too little for what is under way."""
+        await self._set_budget(self.rng.choice(("0.001", "0.002", "0.004")))
 
     async def _raise(self) -> None:
         """Enough for all that was paused for want of money."""
