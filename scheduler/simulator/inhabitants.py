@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TEAMS = 2
 UNJUDGED = "dataset-3"
-BUDGETS_MICROUSD = (None, 3_500, 4_500, 6_000, 10_000, 20_000, 1_000_000)
+BUDGETS_MICROUSD = (None, 4_500, 6_000, 8_000, 10_000, 20_000, 1_000_000)
 REPORT: dict[str, Any] = {
     "format": "OPENAI_MESSAGES",
     "passed": True,

@@ -35,7 +35,7 @@ from scheduler.verify import verify
 
 FAULTS_S = 80.0
 """From then on nothing goes wrong any more."""
-PATIENCE_S = 420.0
+PATIENCE_S = 900.0
 """How long everything may take to come to rest after that."""
 LOOK_S = 4.0
 PACE = (

@@ -11,14 +11,23 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from scheduler import collect, finish, ledger
+from control_plane.services import lifecycle, paused
+from scheduler import accrual, collect, finish, ledger
 from scheduler.lease import Lease
 from scheduler.simulator.__main__ import main
 from scheduler.simulator.faults import KINDS, DatabaseFault
+from scheduler.simulator.network import ClusterClient, Messenger
 from scheduler.simulator.sweep import run
 
 SEEDS = 2000
 REPLAYED = (3, 21, 58)
+PASSAGES = (
+    "PAUSED by BUDGET > QUEUED by itself",
+    "PAUSED by PAUSE > QUEUED by a user",
+    "RUNNING, asked to BUDGET > PAUSED",
+    "RUNNING, asked to CANCEL > CANCELLED",
+    "RUNNING, asked to PAUSE > PAUSED",
+)
 
 
 def test_no_seed_violates_a_rule_and_the_seeds_reach_everything() -> None:
@@ -30,6 +39,7 @@ def test_no_seed_violates_a_rule_and_the_seeds_reach_everything() -> None:
     assert {status: summary.jobs[status] for status in ("COMPLETED", "FAILED", "CANCELLED", "PAUSED")}.keys() == {
         status for status in summary.jobs if status != "QUEUED"
     }
+    assert [passage for passage in PASSAGES if summary.passages[passage] < SEEDS // 200] == []
     assert summary.transactions > 50 * SEEDS
 
 
@@ -58,6 +68,23 @@ def _no_check(self: Lease, *_: Any) -> Any:
 async def _absorb_nothing(*_: Any, **__: Any) -> None: ...
 
 
+async def _save_nothing(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+async def _never(*_: Any) -> bool:
+    return False
+
+
+async def _post_thrice(self: Messenger, letter: Any, post: Any = Messenger.post) -> None:
+    for _ in range(3):
+        await post(self, letter)
+
+
+async def _charge_nothing(*_: Any) -> int:
+    return 0
+
+
 async def _refuse(*_: Any) -> None:
     raise IntegrityError("INSERT", {}, sqlite3.IntegrityError("UNIQUE constraint failed"))
 
@@ -72,7 +99,13 @@ async def _lose_the_database(*_: Any) -> None:
         (Lease, "write", _no_check, "who lost the lease writes no more"),
         (ledger, "_absorb_beyond", lambda *_: None, "what was lost is not billed"),
         (ledger, "_absorb_tails", lambda *_: None, "billed + absorbed = held"),
+        (ledger, "_last_stamp", _save_nothing, "what was used is billed"),
+        (paused, "go_on", _never, "everything comes to rest"),
+        (accrual.Accrual, "catch_up", _charge_nothing, "everything comes to rest: storage"),
         (finish, "notify", _absorb_nothing, "one notification of each end"),
+        (Messenger, "post", _post_thrice, "a letter goes once"),
+        (ClusterClient, "stop", _absorb_nothing, "a stop reaches what runs"),
+        (lifecycle, "ask_to_stop", _absorb_nothing, "an accepted stop is noted"),
         (collect, "_store", _refuse, "no error without a fault"),
         (Lease, "keep_beating", _lose_the_database, "no process dies of an error"),
     ],
