@@ -105,6 +105,9 @@ def after_attempt(outcome: Outcome, stop_reason: StopReason | None, faults: int)
             return AFTER_STOP[stop_reason] if stop_reason else S.QUEUED
 
 
-def was_lost(outcome: Outcome | None, exit_reason: str | None) -> bool:
-    """The platform ended the attempt, so the next one's loading is the platform's to bear."""
-    return outcome is Outcome.FAULT or exit_reason in (StopReason.PREEMPT, LAPSED)
+def recovery_after(outcome: Outcome | None, exit_reason: str | None, *, started: bool, recovery: bool) -> bool:
+    """Whether the attempt after this one loads at the platform's expense: the platform ended this one, or it should
+    have loaded at its expense (``recovery``), but was never started."""
+    if outcome is Outcome.FAULT or exit_reason in (StopReason.PREEMPT, LAPSED):
+        return True
+    return recovery and outcome is Outcome.STOPPED and not started

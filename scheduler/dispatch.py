@@ -13,7 +13,7 @@ from control_plane.db import Database
 from control_plane.services.catalog import Catalog, GpuType
 from control_plane.services.lifecycle import transition
 from control_plane.settings import Settings
-from control_plane.states import Outcome, Status, WorkKind, was_lost
+from control_plane.states import Outcome, Status, WorkKind, recovery_after
 from control_plane.tables import Attempt, Dataset, ModelArtifact, TrainingJob, Verdict
 from scheduler import ledger, retention
 from scheduler.executor import AttemptSpec, Demand, Ending, Executor, ResumePoint, Stage
@@ -106,7 +106,7 @@ class Dispatcher:
                 actor_name=attempt_name(work),
                 lease_epoch=self._lease.epoch,
                 resumed_from=saved[0].id if saved else None,
-                recovery=previous is not None and _follows_a_loss(previous),
+                recovery=previous is not None and _recovery_after(previous),
             )
             session.add(attempt)
             if isinstance(work, TrainingJob):
@@ -215,7 +215,6 @@ async def _last_attempt(session: AsyncSession, work: AnyWork) -> Attempt | None:
     return await attempt_of(session, work)
 
 
-def _follows_a_loss(previous: Attempt) -> bool:
-    """Whether the next attempt loads at the platform's expense; one that was never started took nothing over."""
-    never_started = previous.outcome is Outcome.STOPPED and previous.cluster_id is None
-    return previous.recovery if never_started else was_lost(previous.outcome, previous.exit_reason)
+def _recovery_after(previous: Attempt) -> bool:
+    started = previous.cluster_id is not None
+    return recovery_after(previous.outcome, previous.exit_reason, started=started, recovery=previous.recovery)

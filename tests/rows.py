@@ -137,6 +137,7 @@ async def make_attempt(session: AsyncSession, work: TrainingJob | Verdict, **fie
         "number": work.attempt,
         "actor_name": f"{work.id}/{work.attempt}",
         "lease_epoch": 1,
+        "cluster_id": "cluster-1",
     }
     attempt = Attempt(**{**values, **fields})
     session.add(attempt)

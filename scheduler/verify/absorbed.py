@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from control_plane.states import Outcome, StopReason, was_lost
+from control_plane.states import Outcome, StopReason, recovery_after
 from scheduler.verify.books import Books, Execution, Saved, Usage
 from scheduler.verify.rules import Violation
 
@@ -42,11 +42,16 @@ def recovery_absorbed(books: Books) -> Iterator[Violation]:
         retried = books.jobs.get(job.retry_of or "") if job and attempt.number == 1 else None
         if retried is not None:
             previous = by_place.get((retried.id, retried.attempt))
-        due = previous is not None and was_lost(previous.outcome, previous.exit_reason)
+        due = previous is not None and _recovery_after(previous)
         if attempt.recovery != due:
             came_after = f"{previous.outcome} {previous.exit_reason}" if previous else "nothing"
             message = f"recovery {attempt.recovery} after {came_after}"
             yield Violation("reloading after a fault is absorbed", attempt.id, message)
+
+
+def _recovery_after(previous: Execution) -> bool:
+    started = previous.cluster_id is not None
+    return recovery_after(previous.outcome, previous.exit_reason, started=started, recovery=previous.recovery)
 
 
 def _lost_work(attempt: Execution) -> bool:

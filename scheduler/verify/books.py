@@ -71,6 +71,7 @@ class Execution(NamedTuple):
     recovery: bool
     started_at: datetime | None
     resumed_from: str | None
+    cluster_id: str | None
 
 
 class Saved(NamedTuple):

@@ -89,6 +89,7 @@ async def test_reloading_after_a_fault_is_absorbed_also_when_an_attempt_between_
         await house.until_running(job_id, 3)
     assert [attempt.recovery for attempt in await house.attempts(job_id)] == [False, True, True]
     assert f"{job_id}/2" not in house.executor.attempts
+    await in_order(house)
 
 
 @pytest.mark.parametrize("error", [TrackingRefused("400 the experiment is deleted"), TrackingDown("500"), KeyError()])
