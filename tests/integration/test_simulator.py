@@ -14,7 +14,9 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from control_plane.services import lifecycle, paused
 from scheduler import accrual, collect, finish, ledger
 from scheduler.lease import Lease
+from scheduler.simulator import faults, inhabitants
 from scheduler.simulator.__main__ import main
+from scheduler.simulator.cluster import Training
 from scheduler.simulator.faults import KINDS, DatabaseFault
 from scheduler.simulator.network import ClusterClient, Messenger
 from scheduler.simulator.sweep import run
@@ -120,6 +122,28 @@ def test_a_broken_platform_is_found_out(
         if found:
             break
     assert any((result.violation or "").startswith(rule) for result in found), [r.violation for r in found]
+
+
+async def _covered_by_the_hold(session: Any, job: Any) -> int | None:
+    """Whatever the budget has become since the hold was given."""
+    if await ledger.budget.available(session, job.team_id) is None or job.price_microusd_per_hour == 0:
+        return None
+    return ledger._ms_for(await ledger._hold_microusd(session, job.id), job)
+
+
+def test_a_lowered_budget_that_running_jobs_do_not_hear_of_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In long jobs of rich teams, with no fault: elsewhere few jobs have much left to spend when a budget falls."""
+    monkeypatch.setattr(faults, "draw", lambda *_: [])
+    monkeypatch.setattr(inhabitants, "BUDGETS_MICROUSD", (1_000_000,))
+    monkeypatch.setattr(
+        Training, "draw", lambda _: Training(60, step_s=2.5, load_s=3.0, save_s=0.7, checkpoint_every=5)
+    )
+    seeds = range(1, 6)
+    assert run(seeds, 1).violations == []
+
+    monkeypatch.setattr(ledger, "covered_ms", _covered_by_the_hold)
+    found = [result.violation or "" for result in run(seeds, 1).violations]
+    assert any(violation.startswith("posted ≤ budget + 30 GPU-seconds a job") for violation in found)
 
 
 def test_a_violation_names_its_seed_and_how_to_see_it_again(
