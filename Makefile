@@ -31,7 +31,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n 2 tests/unit
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q --durations=15 $(TESTS)

