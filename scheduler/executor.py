@@ -102,6 +102,8 @@ class Look(msgspec.Struct):
     free: dict[str, float] = {}
     total: dict[str, float] = {}
     """Resources by name, for policy and for ``/api/gpu-types``."""
+    bound: bool = False
+    """Of one that is not reachable: this process has connected to it, and can reach no other in its life."""
 
 
 class UpEvent(msgspec.Struct):

@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 15.0
 CLUSTER_PATIENCE_S = 10.0
 """A driver whose cluster is away for longer is of no use any more, even when the cluster comes back."""
+FIRST_PATIENCE_S = 60.0
+"""The same for one that has connected and has had no answer yet."""
 TRACKING_PAUSE_S = 5.0
 SETBACK_S = 600.0
 """The longest that work which cannot be dispatched stands aside before it is tried again."""
@@ -105,6 +107,7 @@ class Scheduler:
         self._tracking_problem: tuple[str, float] | None = None
         self._setbacks = Setbacks()
         self._reached_at: float | None = None
+        self._bound_at: float | None = None
         self._cluster: tuple[str, float] | None = None
         self._published: tuple[Look, float] | None = None
 
@@ -221,10 +224,21 @@ class Scheduler:
             self._reached_at = time.monotonic()
             return look
         self._collector.forget_silences()
-        if self._reached_at is not None and time.monotonic() - self._reached_at > CLUSTER_PATIENCE_S:
+        if self._is_lost(look):
             await self._write_down([], look)
             raise ClusterLost
         return look
+
+    def _is_lost(self, look: Look) -> bool:
+        """Whether this process will not reach its cluster any more."""
+        now = time.monotonic()
+        if self._reached_at is not None:
+            return now - self._reached_at > CLUSTER_PATIENCE_S
+        if not look.bound:
+            self._bound_at = None
+            return False
+        self._bound_at = self._bound_at or now
+        return now - self._bound_at > FIRST_PATIENCE_S
 
     def _known_s(self, look: Look) -> float:
         """For how long this process has seen the cluster under this id."""

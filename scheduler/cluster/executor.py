@@ -68,7 +68,12 @@ class RayExecutor:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(self._look())
         done, _ = await asyncio.wait({self._looking}, timeout=LOOK_S)
-        return self._looking.result() if done else Look(reachable=False)
+        return self._looking.result() if done else self._unreachable()
+
+    def _unreachable(self) -> Look:
+        connecting = self._connecting
+        failed = connecting is None or (connecting.done() and connecting.exception() is not None)
+        return Look(reachable=False, bound=not failed)
 
     async def start(self, spec: AttemptSpec) -> None:
         driver = await self._driver()
@@ -110,7 +115,7 @@ class RayExecutor:
             if str(error) != self._trouble:
                 log.warning("the cluster cannot be looked at: %s", error)
             self._trouble = str(error)
-            return Look(reachable=False)
+            return self._unreachable()
         self._trouble = ""
         return look
 

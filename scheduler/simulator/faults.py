@@ -37,8 +37,9 @@ NETWORK = (
 )
 KINDS = CLUSTER + PROCESS + DATABASE + NETWORK
 WEIGHTS = {
-    "out_of_memory": 0.8, "scheduler_killed": 3.0, "scheduler_stopped": 3.0, "api_killed": 2.0, "commit_unheard": 3.0,
-    "commit_refused": 2.0, "checkpoint_torn": 2.0, "database_cut_off": 2.0, "cluster_cut_off": 2.0,
+    "out_of_memory": 0.8, "child_hung": 3.0, "scheduler_killed": 3.0, "scheduler_stopped": 3.0, "api_killed": 2.0,
+    "commit_unheard": 3.0, "commit_refused": 2.0, "checkpoint_torn": 2.0, "database_cut_off": 2.0,
+    "cluster_cut_off": 2.0,
 }  # fmt: skip
 RARE = ("api_killed", "commit_refused", "commit_unheard")
 """Their targets come by few points at which they could strike."""

@@ -34,7 +34,7 @@ class ClusterClient:
         try:
             return await self._ask("look", self._world.cluster.look)
         except Unreachable:
-            return Look(reachable=False)
+            return Look(reachable=False, bound=self._cluster_id is not None)
 
     async def start(self, spec: AttemptSpec) -> None:
         await self._ask("start", lambda: self._world.cluster.start(spec))

@@ -13,7 +13,7 @@ from control_plane.tables import (
     Attempt,
     ClusterState,
 )
-from scheduler.executor import AttemptSpec, Demand, Unreachable
+from scheduler.executor import AttemptSpec, Demand, Look, Unreachable
 from scheduler.loop import ClusterLost
 from tests.integration.scheduler.conftest import House
 from tests.integration.scheduler.looking import rows
@@ -70,8 +70,19 @@ async def test_a_driver_whose_cluster_stays_away_ends(house: House, monkeypatch:
         await house.until("a look", lambda: rows(house, ClusterState, ClusterState.reachable))
 
 
+async def test_one_that_has_connected_and_is_never_answered_ends(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look() -> Look:
+        return Look(reachable=False, bound=True)
+
+    monkeypatch.setattr("scheduler.loop.FIRST_PATIENCE_S", 0.1)
+    monkeypatch.setattr(house.executor, "look", look)
+    with pytest.raises(ClusterLost):
+        await asyncio.wait_for(house.scheduler().run(asyncio.Event()), 10)
+
+
 async def test_one_that_never_reached_a_cluster_waits_for_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scheduler.loop.CLUSTER_PATIENCE_S", 0.1)
+    for name in ("CLUSTER_PATIENCE_S", "FIRST_PATIENCE_S"):
+        monkeypatch.setattr(f"scheduler.loop.{name}", 0.1)
     house.executor.reachable = False
     job_id = await house.new_job()
     async with house.scheduling():
