@@ -121,7 +121,7 @@ def _tell(findings: list[Findings], minutes: float) -> None:
     compared, forgotten = sum(job.compared for job in jobs), sum(job.forgotten for job in jobs)
     worst = max((job.worst_difference_ms for job in jobs), default=0)
     print(f"{compared} attempts: ledger and Ray's actor table differ by at most {worst} ms")
-    print(f"{forgotten} attempts could not be compared: they lived when their cluster's head was killed")
+    print(f"{forgotten} attempts could not be compared: they lived when their cluster was lost")
     print(f"{sum(job.faults for job in jobs)} attempts ended by a fault: each billed up to its last checkpoint")
     for found in findings:
         _tell_house(found)

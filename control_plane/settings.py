@@ -56,7 +56,9 @@ class Settings:
         "by itself once a scheduler is back, and is not billed for loading again",
     )
     node_timeout_s: float = _setting(
-        90.0, "a Ray node surely ends within this time after its head did, seconds; `brightrun up` ends them itself: 0"
+        90.0,
+        "a Ray node surely ends within this time after its head did, seconds; "
+        "`brightrun up` ends its own itself and waits for none unless this is set",
     )
 
     webhook_networks: str = _setting("public", "where webhooks may lead: public addresses only, or any")

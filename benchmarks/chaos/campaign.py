@@ -153,7 +153,7 @@ class Campaign:
 
     def _strike(self, job: Job, strike: Strike) -> bool:
         """Whether it happened while the job was there to suffer it."""
-        if strike.hits("head"):
+        if self._ends_ray(strike):
             job.remember_held()
         time.sleep(self._dice.uniform(0, DELAYS_S[strike.phase]) / (1 + self._tries[strike]))
         seen, attempts, trainer = job.seen(), len(job.attempts()), victims.child(self._installation)
@@ -172,6 +172,10 @@ class Campaign:
         self._wait_whole(job, happened, attempts)
         self._tell(job, happened, seen, time.monotonic() - begun - sum(fault.hold_s for fault in done))
         return True
+
+    def _ends_ray(self, strike: Strike) -> bool:
+        """`brightrun up` ends a Ray whose own node is gone; a node that has only joined it leaves it alone."""
+        return strike.hits("head") or (strike.hits("raylet") and self._installation.node is None)
 
     def _done(self, strike: Strike, trainer: psutil.Process | None) -> list[Fault]:
         """What of it was seen to happen; nothing if the ``trainer`` had ended by itself."""

@@ -15,8 +15,14 @@ from benchmarks.chaos.node import Node
 from benchmarks.chaos.servers import ObjectStore, Postgres
 from tests.e2e.house import TINY, Client, House, base_models_file, conversations, jsonl
 
-SETTINGS = {"BRIGHTRUN_LEASE_TIMEOUT_S": "4", "BRIGHTRUN_MIN_FREE_MIB": "64", "BRIGHTRUN_CPU_THREADS": "1"}
-"""One thread a rank: two would wait for each other wherever something else computes, and starve the API."""
+SETTINGS = {
+    "BRIGHTRUN_LEASE_TIMEOUT_S": "4",
+    "BRIGHTRUN_MIN_FREE_MIB": "64",
+    "BRIGHTRUN_CPU_THREADS": "1",
+    "BRIGHTRUN_NODE_TIMEOUT_S": "0",
+}
+"""One thread a rank: two would wait for each other wherever something else computes, and starve the API. No time-out of
+nodes: there is one training slot, and it is there again only once the node that had it has ended."""
 DISK = "768m"
 """Of the data folder, which is a file system of its own where that is allowed."""
 

@@ -65,6 +65,7 @@ class Verdict:
     """Attempts whose held time Ray's own actor table still knew."""
     forgotten: int = 0
     """Attempts that lived when their cluster was killed, and its actor table with it."""
+    clusters_lost: int = 0
     worst_difference_ms: int = 0
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -85,7 +86,7 @@ class Job:
         """Strikes that must have cost an attempt."""
         self.uncertain = 0
         """Strikes that may have cost attempts."""
-        self.heads_lost = 0
+        self.clusters_lost = 0
 
     def seen(self) -> dict[str, Any]:
         return self.patiently(lambda: self._client.job(self.id))
@@ -127,7 +128,7 @@ class Job:
 
     def remember_held(self) -> None:
         """Ray's table is about to be lost: keep what it says of attempts that have ended."""
-        self.heads_lost += 1
+        self.clusters_lost += 1
         if any(attempt["outcome"] for attempt in self.attempts()):
             self._held_ms |= {name: ms for name, ms in self._times_by_ray(ended=False).held_ms.items() if ms}
 
@@ -203,8 +204,10 @@ class Job:
             verdict.worst_difference_ms = max(verdict.worst_difference_ms, abs(ours - held))
             if abs(ours - held) > TOLERANCE_MS:
                 verdict.wrong.append(f"attempt {attempt['number']}: {ours} ms in the ledger, {held} ms held by Ray")
-        if verdict.forgotten > self.heads_lost:
-            verdict.wrong.append(f"Ray knows nothing of {verdict.forgotten} attempts; it was killed {self.heads_lost}×")
+        verdict.clusters_lost = self.clusters_lost
+        if verdict.forgotten > self.clusters_lost:
+            told = f"Ray knows nothing of {verdict.forgotten} attempts; {self.clusters_lost} of its clusters were lost"
+            verdict.wrong.append(told)
 
     def _times_by_ray(self, *, ended: bool = True) -> RayTimes:
         """Waited for until the table knows the end of every rank that it knows, if they have ``ended``."""

@@ -69,7 +69,8 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def placed(settings: Settings, ports: Ports) -> Settings:
-    """The settings of a run on these ports; public URLs that the operator has set stay."""
+    """The settings of a run on these ports. What the operator has set of public URLs and of the time-out stays; without
+    nodes from elsewhere there is none to wait for."""
     mlflow = f"http://{LOOPBACK}:{ports.mlflow}"
     named = socket.gethostname() if settings.host in ANY else bracketed(settings.host)
     return replace(
@@ -80,7 +81,7 @@ def placed(settings: Settings, ports: Ports) -> Settings:
         mlflow_public_url=os.environ.get("BRIGHTRUN_MLFLOW_PUBLIC_URL") or mlflow,
         ray_address=f"{LOOPBACK}:{ports.ray}",
         ray_dashboard_url=settings.ray_dashboard_url or f"http://{LOOPBACK}:{ports.dashboard}",
-        node_timeout_s=0.0,
+        node_timeout_s=settings.node_timeout_s if "BRIGHTRUN_NODE_TIMEOUT_S" in os.environ else 0.0,
     )
 
 

@@ -76,6 +76,14 @@ def test_public_urls_of_the_operator_stay(tmp_path: Path, monkeypatch: pytest.Mo
     assert placed(Settings(data_dir=tmp_path), ports).public_url == "https://train.example.com"
 
 
+def test_only_who_lets_nodes_join_waits_for_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = Ports(1111, 2222, 3333, 4444)
+    assert placed(Settings(data_dir=tmp_path), ports).node_timeout_s == 0
+
+    monkeypatch.setenv("BRIGHTRUN_NODE_TIMEOUT_S", "30")
+    assert placed(Settings.from_env(data_dir=tmp_path), ports).node_timeout_s == 30
+
+
 def test_the_secret_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
     folder.make_secret(tmp_path)
     secret = Settings(data_dir=tmp_path).secret
