@@ -76,7 +76,8 @@ RETRY_PAUSES_S = (2.0, 10.0, 60.0)
 
 
 LAPSED = "ALLOWANCE_LAPSED"
-"""Exit reason of an attempt that stopped because nobody was there to grant it what the budget would have paid for."""
+"""Exit reason of an attempt that stopped at its allowance although the budget pays for more: mostly nobody was there
+to grant it."""
 
 
 def may(source: Status, target: Status) -> bool:

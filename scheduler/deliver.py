@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.db import Database
 from control_plane.services.notifications import notify_owners
+from control_plane.services.sql import ROW
 from control_plane.services.webhooks import disable, secrets_of
 from control_plane.tables import Outbox, User, Webhook, now
 from control_plane.tables.notices import PING, Channel, NotificationPriority, NotificationType
@@ -42,6 +43,8 @@ RETRY_PAUSES_S = (5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 
 JITTER = 0.2
 DISABLE_AT, DISABLE_AFTER = 2, timedelta(days=5)
 """A webhook is disabled when so many events were given up and none was taken since the first of them, so long ago."""
+UNDELIVERED = "undelivered"
+"""Leads the key of the notice of an event that was given up."""
 KEEP = timedelta(days=32)
 """Longer than a month: a month's cost alert, told again, must still find its row."""
 PURGE_S = 3600.0
@@ -222,7 +225,7 @@ async def _note(session: AsyncSession, claim: Claim, failure: Undelivered | None
     """The webhook is locked before its row, in the order of ``services.webhooks``."""
     webhook = None
     if claim.channel is Channel.WEBHOOK:
-        webhook = await session.get(Webhook, claim.target, with_for_update=True)
+        webhook = await session.get(Webhook, claim.target, with_for_update=ROW)
     guard = [Outbox.id == claim.row_id, Outbox.tries == claim.tries, Outbox.delivered_at.is_(None)]
     if failure is not None:
         guard.append(Outbox.not_before.is_not(None))
@@ -256,13 +259,15 @@ def pause_after(claim: Claim) -> timedelta:
 async def _note_health(session: AsyncSession, webhook: Webhook, claim: Claim, failure: Undelivered | None) -> None:
     """A receiver that has said so, or has let several events come to nothing for days, is sent nothing more; what a
     ping came to says nothing of that."""
+    if claim.only_once and not (failure and failure.gone):
+        return
     if failure is None:
         webhook.failing_since = None
         return
     webhook.failing_since = webhook.failing_since or now()
     if failure.gone:
         await _disable(session, webhook, "It answered 410 Gone")
-    elif _is_last(claim, failure) and not claim.only_once:
+    elif _is_last(claim, failure):
         count, since = await _given_up(session, webhook)
         if count >= DISABLE_AT and now() - since >= DISABLE_AFTER:
             told = f"{count} events since {since:%Y-%m-%d %H:%M} UTC were given up, and none was taken"
@@ -297,13 +302,15 @@ async def _disable(session: AsyncSession, webhook: Webhook, reason: str) -> None
 
 async def _tell_of_loss(session: AsyncSession, webhook: Webhook, claim: Claim, failure: Undelivered) -> None:
     """Once a day. A webhook that wants this event gets it too: so a receiver that is dead fails again, and is found
-    out, although nothing else happens."""
+    out, although nothing else happens. The loss of that is not told of."""
     row = await session.get_one(Outbox, claim.row_id)
+    if row.dedupe_key.startswith(f"{NotificationType.SYSTEM}:{UNDELIVERED}:"):
+        return
     event, at = row.payload["type"], f"{row.created_at:%Y-%m-%d %H:%M}"
     await _tell_owners(
         session,
         webhook,
-        key=f"undelivered:{webhook.id}:{now():%Y-%m-%d}",
+        key=f"{UNDELIVERED}:{webhook.id}:{now():%Y-%m-%d}",
         title=f"Not delivered: {event} to {_host(webhook)}",
         message=f"The event {event} of {at} UTC was given up after {claim.tries} tries; the last: {failure.reason}. "
         f"GET /api/webhooks/{webhook.id}/deliveries lists it, and whatever else was given up that day.",

@@ -104,8 +104,8 @@ async def _faults_in_a_row(session: AsyncSession, work: AnyWork) -> int:
 
 
 async def _at_the_ceiling(session: AsyncSession, job: TrainingJob, attempt: Attempt) -> Status:
-    """Where a job goes whose allowance ran out: on, when the budget pays for more of it. Then no scheduler was there to
-    grant it, and that is the platform's doing."""
+    """Where a job goes whose allowance ran out: on, when the budget pays for more of it. Mostly no scheduler was there
+    to grant it, so the platform bears the loading."""
     if not await paused.secure(session, job):
         return Status.PAUSED
     if attempt.outcome is Outcome.STOPPED:
@@ -115,8 +115,8 @@ async def _at_the_ceiling(session: AsyncSession, job: TrainingJob, attempt: Atte
 
 
 _LAPSED_TOLD = (
-    "Attempt {} stopped because no scheduler was there to grant it more GPU time. The job goes on from its last "
-    "checkpoint; loading it again is not billed."
+    "Attempt {} stopped at the GPU time that was granted to it, although the budget pays for more. The job goes on "
+    "from its last checkpoint; loading it again is not billed."
 )
 
 

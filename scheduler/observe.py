@@ -47,20 +47,21 @@ async def held_attempts(session: AsyncSession, catalog: Catalog) -> tuple[Held, 
     works: dict[str, AnyWork] = {}
     for kind in WorkKind:
         works |= await get_many(session, kind, [a.work_id for a in attempts if a.work_kind is kind])
-    return tuple(_held(attempt, works[attempt.work_id], catalog) for attempt in attempts)
+    return tuple(_held(attempt, works.get(attempt.work_id), catalog) for attempt in attempts)
 
 
-def _held(attempt: Attempt, work: AnyWork, catalog: Catalog) -> Held:
+def _held(attempt: Attempt, work: AnyWork | None, catalog: Catalog) -> Held:
+    """``work`` is None for an ended attempt of a verdict that has been asked for anew."""
     return Held(
         kind=attempt.work_kind,
-        work_id=work.id,
+        work_id=attempt.work_id,
         attempt_id=attempt.id,
         name=attempt.actor_name,
-        demand=demand_of(work, catalog),
+        demand=demand_of(work, catalog) if work else None,
         cluster_id=attempt.cluster_id,
         ended=attempt.outcome is not None,
-        stop_requested=work.stop_requested,
-        reconnecting=work.reconnecting,
+        stop_requested=work.stop_requested if work else None,
+        reconnecting=work.reconnecting if work else False,
     )
 
 

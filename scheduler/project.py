@@ -19,6 +19,7 @@ from control_plane.services.lifecycle import (
     stage_payload,
     transition,
 )
+from control_plane.services.sql import ROW
 from control_plane.states import Stage, Status
 from control_plane.tables import Attempt, Checkpoint, MetricsPoint, TrainingJob, Verdict, now
 from scheduler import ledger, retention
@@ -178,7 +179,7 @@ class JobProjection:
         torn = offered[: offered.index(used)] if used else offered
         for job_id in dict.fromkeys(point.job_id for point in torn):
             ours = job_id == self._job.id
-            job = self._job if ours else await self._session.get_one(TrainingJob, job_id, with_for_update=True)
+            job = self._job if ours else await self._session.get_one(TrainingJob, job_id, with_for_update=ROW)
             await ledger.absorb_past(self._session, job, used if used and used.job_id == job_id else None)
         for point in torn:
             point.deleted_at = now()

@@ -7,6 +7,7 @@ from typing import cast
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from control_plane.services.sql import ROW
 from control_plane.states import Status, WorkKind
 from control_plane.tables import Attempt, TrainingJob, Verdict
 
@@ -16,7 +17,7 @@ TABLES: dict[WorkKind, type[TrainingJob] | type[Verdict]] = {WorkKind.JOB: Train
 
 async def get_work(session: AsyncSession, kind: WorkKind, work_id: str, *, lock: bool = False) -> AnyWork:
     """The row as it is now; ``lock`` keeps it until the transaction ends. Raises NoResultFound."""
-    row = await session.get_one(TABLES[kind], work_id, with_for_update=lock or None, populate_existing=True)
+    row = await session.get_one(TABLES[kind], work_id, with_for_update=ROW if lock else None, populate_existing=True)
     return cast(AnyWork, row)
 
 

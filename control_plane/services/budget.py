@@ -25,10 +25,7 @@ def month_start(at: datetime) -> datetime:
 
 
 async def lock_team(session: AsyncSession, team_id: str) -> Team:
-    """The team, its row locked until the transaction ends (on SQLite the whole database already is).
-
-    Its key is left alone, so that transactions that insert rows of the team do not wait for it, nor it for them.
-    """
+    """The team, its row locked until the transaction ends (on SQLite the whole database already is)."""
     team = await session.scalar(
         select(Team).where(Team.id == team_id).with_for_update(key_share=True).execution_options(populate_existing=True)
     )

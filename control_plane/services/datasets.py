@@ -17,6 +17,7 @@ from control_plane.services.catalog import BaseModelEntry, Catalog
 from control_plane.services.listing import Paging, containing, paginate
 from control_plane.services.notifications import notify
 from control_plane.services.scope import Principal, get_owned, owned
+from control_plane.services.sql import ROW
 from control_plane.states import UNFINISHED, Status
 from control_plane.tables import Dataset, TrainingJob, Verdict, now, uuid7
 from control_plane.tables.notices import NotificationType
@@ -193,7 +194,7 @@ async def apply_verdict(session: AsyncSession, verdict: Verdict, report: dict[st
     ``report`` is the trainer's; None: the examination itself failed (``verdict.error_code``, ``error_message``).
     Only the verdict under the dataset's own base model moves the dataset.
     """
-    dataset = await session.get_one(Dataset, verdict.dataset_id, with_for_update=True)
+    dataset = await session.get_one(Dataset, verdict.dataset_id, with_for_update=ROW)
     if report is not None:
         verdict.passed = report["passed"]
         verdict.counts = report["counts"]

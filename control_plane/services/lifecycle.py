@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.errors import Conflict
 from control_plane.services import budget, outbox
+from control_plane.services.sql import ROW
 from control_plane.states import ACTIVE, AFTER_STOP, TERMINAL, Stage, Status, StopReason, may, sources
 from control_plane.tables import CostRecord, JobEvent, JobLog, TrainingJob, Verdict, now
 from control_plane.tables.money import CostType
@@ -119,7 +120,7 @@ async def request_stop(session: AsyncSession, work: AnyWork, reason: StopReason)
     the budget has paused keeps it from going on by itself.
     Raises ``Conflict`` when the work has ended, or is already where the request would bring it.
     """
-    await session.refresh(work, with_for_update=True)
+    await session.refresh(work, with_for_update=ROW)
     if work.status in ACTIVE:
         await ask_to_stop(session, work, reason)
         return False

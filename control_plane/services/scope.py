@@ -45,11 +45,14 @@ def owned(entity: type[Entity], team_id: str) -> Select[Entity]:
 async def get_owned(
     session: AsyncSession, entity: type[Entity], team_id: str, entity_id: str, *, lock: bool = False
 ) -> Entity:
-    """Raises NotFound for what is not there, and for what is somebody else's."""
+    """Raises NotFound for what is not there, and for what is somebody else's.
+
+    ``lock``: its row until the transaction ends.
+    """
     table: Any = entity
     query = owned(entity, team_id).where(table.id == entity_id)
     if lock:
-        query = query.with_for_update().execution_options(populate_existing=True)
+        query = query.with_for_update(key_share=True).execution_options(populate_existing=True)
     found = await session.scalar(query)
     if found is None:
         raise NotFound(f"{_title(entity)} not found")

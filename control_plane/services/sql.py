@@ -11,6 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from control_plane.tables import Base
 
+ROW = {"key_share": True}
+"""``with_for_update`` of a row that is to be changed: its key is left alone, so that who inserts rows that refer to it
+does not wait for it, nor it for them."""
+
 
 async def insert_or_nothing(session: AsyncSession, table: type[Base], **values: Any) -> bool:
     """Insert a row unless a unique constraint says that it is there already. True if it was inserted.

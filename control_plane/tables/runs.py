@@ -29,7 +29,7 @@ class Attempt(Row, Base):
     resumed_from: Mapped[str | None] = mapped_column(String(36))
     """Checkpoint id that it started from."""
     recovery: Mapped[bool] = mapped_column(Boolean, default=False)
-    """It follows a platform fault: its loading is absorbed."""
+    """Its loading is absorbed (``states.recovery_after``)."""
     event_cursor: Mapped[int] = mapped_column(Integer, default=0)
     """Number of the last event collected; moved only by compare-and-set."""
     started_at: Mapped[datetime | None]

@@ -256,9 +256,11 @@ def _overrun_of(books: Books, job_id: str, month: str) -> int:
     """Micro-dollars of the month that were charged beyond the job's hold; the most that is allowed where a later month
     has touched the hold, and may have paid for what goes on from there."""
     hold = books.holds.get(job_id)
+    records = books.compute.get(job_id, ())
     if hold is None or f"{hold.updated_at:%Y-%m}" <= month:
-        return books.overrun(job_id)
-    charged = sum(record.amount_microusd for record in books.compute.get(job_id, ()) if record.month == month)
+        until_then = sum(record.amount_microusd for record in records if record.month <= month)
+        return max(0, until_then - (hold.amount_microusd if hold else 0))
+    charged = sum(record.amount_microusd for record in records if record.month == month)
     return max(0, min(charged, charge(OVERRUN_MS, books.jobs[job_id].price_microusd_per_hour)))
 
 

@@ -97,8 +97,9 @@ class PostOffice:
         async with self.database.read() as session:
             return list(await session.scalars(query if target is None else query.where(Outbox.target == target)))
 
-    async def row(self, target: str) -> Outbox:
-        (only,) = await self.rows(target)
+    async def row(self, target: str, key: str = "") -> Outbox:
+        """The only one whose dedupe key begins so."""
+        (only,) = [row for row in await self.rows(target) if row.dedupe_key.startswith(key)]
         return only
 
     async def the_webhook(self, webhook_id: str) -> Webhook:
@@ -127,9 +128,9 @@ class PostOffice:
         finally:
             await kill(task)
 
-    async def until_row(self, target: str, probe: Callable[[Outbox], Any]) -> Outbox:
+    async def until_row(self, target: str, probe: Callable[[Outbox], Any], key: str = "") -> Outbox:
         deadline = asyncio.get_running_loop().time() + PATIENCE_S
-        while not probe(row := await self.row(target)):
+        while not probe(row := await self.row(target, key)):
             assert asyncio.get_running_loop().time() < deadline, f"{row.tries} tries, {row.last_error}"
             await asyncio.sleep(0.02)
         return row

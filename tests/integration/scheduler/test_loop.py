@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from control_plane.services.datasets import validate
 from control_plane.services.lifecycle import transition
 from control_plane.states import Outcome, Stage, Status, StopReason
 from control_plane.tables import (
@@ -19,6 +20,7 @@ from control_plane.tables import (
 )
 from control_plane.tables.money import HoldState
 from control_plane.tables.work import DatasetStatus
+from scheduler.executor import Unreachable
 from tests.integration.scheduler.conftest import House
 from tests.integration.scheduler.looking import PLAN, in_order, rows, stop
 from tests.rows import events_of, make_job, make_team
@@ -137,6 +139,39 @@ async def test_a_failed_verdict_says_so_at_the_dataset(house: House) -> None:
         await house.until("the dataset", refused)
     verdict = await house.verdict(verdict_id)
     assert (verdict.status, verdict.error_message) == (Status.FAILED, "No tokenizer. Fetch it.")
+
+
+async def test_a_failed_verdict_that_is_asked_for_anew_before_its_actors_are_gone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, reachable = house.executor.release, False
+
+    async def refuse(name: str, *, epoch: int) -> None:
+        if not reachable:
+            raise Unreachable("no answer")
+        await release(name, epoch=epoch)
+
+    monkeypatch.setattr(house.executor, "release", refuse)
+    verdict_id = await house.new_verdict()
+    async with house.scheduling():
+        name = await house.until_running(verdict_id)
+        house.executor.end(name, Outcome.FAILED, code="MODEL_UNAVAILABLE", message="No tokenizer.")
+
+        async def failed() -> bool:
+            return (await house.verdict(verdict_id)).status is Status.FAILED
+
+        await house.until("the verdict's end", failed)
+        verdict = await house.verdict(verdict_id)
+        async with house.database.write() as session:
+            _, again = await validate(session, verdict.team_id, verdict.dataset_id, verdict.base_model, house.catalog)
+        reachable = True
+        assert again.id != verdict_id
+        await house.until_running(again.id)
+
+        async def gone() -> bool:
+            return (await house.attempts(verdict_id))[0].released
+
+        await house.until("its release", gone)
 
 
 @pytest.mark.parametrize(

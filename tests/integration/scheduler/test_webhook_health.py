@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 
-from sqlalchemy import update
+from sqlalchemy import func, update
 
 from control_plane.db import Database
 from control_plane.services import outbox, webhooks
-from control_plane.tables import Membership, Outbox, User, Webhook, now, uuid7
+from control_plane.tables import Membership, Notification, Outbox, User, Webhook, now, uuid7
 from control_plane.tables.accounts import TeamRole
 from control_plane.tables.notices import PING, Channel, NotificationPriority, NotificationType
 from scheduler.deliver import RETRY_PAUSES_S
@@ -161,6 +161,39 @@ async def test_a_ping_that_failed_long_ago_and_a_failure_now_disable_nothing(
         await office.until_quiet()
     assert (await office.the_webhook(webhook_id)).failing_since is None
     assert await office.notices() == []
+
+
+async def test_the_loss_of_a_notice_of_a_loss_is_not_told_of(office: PostOffice, database: Database) -> None:
+    """Otherwise a receiver that refuses notices alone is told of for ever."""
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [400] * 3
+    await office.tell("one")
+    async with database.write() as session:
+        await session.execute(update(Outbox).values(tries=len(RETRY_PAUSES_S)))
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.failed_at, "one")
+        notice = await office.until_row(webhook_id, lambda row: row.last_error, "SYSTEM:undelivered")
+    async with database.write() as session:
+        due = {"tries": len(RETRY_PAUSES_S), "not_before": now()}
+        await session.execute(update(Outbox).where(Outbox.id == notice.id).values(due))
+        key = Notification.dedupe_key
+        await session.execute(update(Notification).values(dedupe_key=func.replace(key, f"{now():%Y-%m-%d}", "before")))
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.failed_at, "SYSTEM:undelivered")
+    assert len(await office.notices()) == 1
+
+
+async def test_a_ping_that_is_taken_forgives_nothing(office: PostOffice, database: Database) -> None:
+    webhook_id = await office.webhook("/a")
+    office.receiver.script["/a"] = [500]
+    await office.tell("one")
+    async with office.delivering():
+        await office.until_row(webhook_id, lambda row: row.last_error, "one")
+        async with database.write() as session:
+            body = outbox.envelope(PING, office.team.id, {})
+            await outbox.put(session, Channel.WEBHOOK, webhook_id, body, key="ping", team_id=office.team.id)
+        await office.until_row(webhook_id, lambda row: row.delivered_at, "ping")
+    assert (await office.the_webhook(webhook_id)).failing_since is not None
 
 
 async def test_a_success_ends_the_count_of_days(office: PostOffice, clock: Ahead) -> None:

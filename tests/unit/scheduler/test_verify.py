@@ -5,17 +5,18 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from sqlalchemy import event, select, text
 
 from control_plane.db import Database
 from control_plane.services import budget
 from control_plane.services.alerts import cost_alerts
-from control_plane.states import Outcome, Status
-from control_plane.tables import CostRecord, Notification, PriceVersion, Team, TrainingJob, now
+from control_plane.states import Outcome, Status, StopReason
+from control_plane.tables import CostRecord, Notification, PriceVersion, Team, TrainingJob, base, now
 from scheduler.accrual import Accrual
 from scheduler.lease import Lease
 from scheduler.verify import verify
-from tests.ledgers import checkpoint, finish_job, next_attempt, report, running, settle, violations
+from tests.ledgers import checkpoint, finish_job, next_attempt, records, report, running, settle, tear, violations
 from tests.rows import make_dataset, make_price, make_running_job, make_team
 
 GIB = 1024**3
@@ -187,6 +188,27 @@ async def test_a_budget_that_is_lowered_below_what_is_held_is_no_violation(datab
         job.created_at = now()
     (violation,) = await violations(database)
     assert (violation.rule, violation.object_id) == ("charged what was reserved", ids[0])
+
+
+async def test_an_overrun_that_a_later_month_reverses_was_one(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    today = now()
+    monkeypatch.setattr(base, "clock", lambda: today - timedelta(days=40))
+    async with database.write() as session:
+        team = await make_team(session, budget_microusd=1_000)
+    ids = await running(database, team=team, held_microusd=1_000)
+    await checkpoint(database, ids, 5, {"0": {"training": 5_000}})
+    await checkpoint(database, ids, 9, {"0": {"training": 20_000}})
+    await report(database, ids, {"0": {"training": 20_000}})
+    await settle(database, ids, Outcome.STOPPED, stop_reason=StopReason.BUDGET, held_ms=20_000)
+    await finish_job(database, ids[0])
+    assert await violations(database) == []
+    monkeypatch.setattr(base, "clock", lambda: today)
+    retry = await running(database, team=team, retry_of=ids[0], held_microusd=1_000)
+    assert await tear(database, ids[0], None, retry[1])
+    assert [amount for _, _, amount in await records(database, ids[0])] == [2_000, -2_000, 0]
+    assert await violations(database) == []
 
 
 async def test_ten_thousand_jobs_take_a_query_a_table(database: Database) -> None:
