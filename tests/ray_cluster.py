@@ -50,12 +50,21 @@ def ray_cluster(*, cpu_slots: int = 1, io_slots: int = 2) -> Iterator[RayCluster
             token = Path(ready["token_file"])
             with warden(f"kill -TERM {process.pid}"):
                 yield RayCluster(ready["address"], ready["dashboard"], token, ready["pid"], data_dir)
+        except Exception:
+            _tell(temp_dir(data_dir))
+            raise
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
             assert process.stdout
             process.stdout.close()
         assert remains(data_dir) == []
+
+
+def _tell(folder: Path) -> None:
+    """The last words of the control service, before its logs are removed."""
+    for log in sorted(folder.glob("session_2*/logs/gcs_server.*")):
+        sys.stderr.write(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}\n")
 
 
 def remains(data_dir: Path) -> list[str]:

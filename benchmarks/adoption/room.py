@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from scheduler.simulator.executor import FakeExecutor
 from tests.rows import make_dataset, make_job, make_running_job, make_team
 
 PATIENCE_S = 300
+LIVES = 3
 STEP_EVERY_S = 10.0
 FOREVER = [{"do": "train", "steps": 1_000_000, "every_s": 1.0}]
 
@@ -42,17 +44,29 @@ class Adoption(NamedTuple):
 
 
 class Process:
-    """A scheduler process and what it has said, each with the second of its life."""
+    """A scheduler process and what it has said, each with the second of its life.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process, self._began = process, time.monotonic()
+    One that ends by itself (because it does not reach its cluster) is started again, as ``brightrun up`` does it.
+    """
+
+    def __init__(self, start: Callable[[], Awaitable[asyncio.subprocess.Process]]) -> None:
+        self._start, self._began = start, time.monotonic()
+        self._process: asyncio.subprocess.Process | None = None
+        self._killed = False
         self.said: list[tuple[float, dict[str, Any]]] = []
-        self._listening = asyncio.create_task(self._listen())
+        self._living = asyncio.create_task(self._live())
 
-    async def _listen(self) -> None:
-        assert self._process.stdout
-        async for line in self._process.stdout:
-            self.said.append((time.monotonic() - self._began, json.loads(line)))
+    async def _live(self) -> None:
+        for _ in range(LIVES):
+            self._process = await self._start()
+            if self._killed:
+                self._process.kill()
+            assert self._process.stdout
+            async for line in self._process.stdout:
+                self.said.append((time.monotonic() - self._began, json.loads(line)))
+            await self._process.wait()
+            if self._killed:
+                break
 
     async def until(self, event: str) -> float:
         """The second at which it said so."""
@@ -61,15 +75,15 @@ class Process:
                 for at, said in self.said:
                     if said["event"] == event:
                         return at
-                if self._listening.done():
-                    raise RuntimeError(f"the scheduler has ended with {await self._process.wait()}")
+                if self._living.done():
+                    raise RuntimeError(f"the scheduler has ended {LIVES} times; its log is with its data")
                 await asyncio.sleep(0.05)
 
     async def kill(self) -> None:
-        if self._process.returncode is None:
+        self._killed = True
+        if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGKILL)
-        await self._process.wait()
-        await self._listening
+        await self._living
 
 
 class Room:
@@ -89,10 +103,9 @@ class Room:
         """A scheduler process; killed in the end, if it was not before."""
         command = (sys.executable, "-m", "benchmarks.adoption.scheduler", cluster, str(jobs))
         log = (self.settings.data_dir / "scheduler.log").open("ab")
-        made = await asyncio.create_subprocess_exec(
-            *command, env=os.environ | self.settings.to_env(), stdout=asyncio.subprocess.PIPE, stderr=log
-        )
-        process = Process(made)
+        env = os.environ | self.settings.to_env()
+        start = partial(asyncio.create_subprocess_exec, *command, env=env, stdout=asyncio.subprocess.PIPE, stderr=log)
+        process = Process(start)
         try:
             yield process
         finally:
