@@ -130,7 +130,9 @@ class Job:
         """Ray's table is about to be lost: keep what it says of attempts that have ended."""
         self.clusters_lost += 1
         if any(attempt["outcome"] for attempt in self.attempts()):
-            self._held_ms |= {name: ms for name, ms in self._times_by_ray(ended=False).held_ms.items() if ms}
+            self._held_ms |= {
+                name: ms for name, ms in self._times_by_ray(ended=False).held_ms.items() if ms is not None
+            }
 
     def wait_end(self) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE_S
@@ -215,7 +217,7 @@ class Job:
         while True:
             with suppress(RuntimeError):
                 times = held_ms_by_ray(self._installation.house, self.id)
-                if all(times.held_ms.values()) or not ended:
+                if times.whole or not ended:
                     return times
             if time.monotonic() > deadline:
                 raise TimeoutError(f"Ray does not tell how long the ranks of {self.id} lived")

@@ -258,8 +258,12 @@ class RayTimes(NamedTuple):
     """From the actor table of the cluster that is there now: it knows nothing of those before it."""
 
     cluster_id: str
-    held_ms: dict[str, int]
-    """Rank actor name → milliseconds it lived; 0 while it lives."""
+    held_ms: dict[str, int | None]
+    """Rank actor name → milliseconds it lived; None while it lives."""
+
+    @property
+    def whole(self) -> bool:
+        return None not in self.held_ms.values()
 
 
 def held_ms_by_ray(house: House, job_id: str) -> RayTimes:
@@ -280,4 +284,9 @@ def held_ms_by_ray(house: House, job_id: str) -> RayTimes:
         raise RuntimeError(f"Ray cannot be asked: {done.stderr[-2000:]}")
     cluster_id, rows = json.loads(done.stdout.strip().splitlines()[-1])
     ranks = [row for row in rows if row[0].split("/")[-1].startswith("r")]
-    return RayTimes(cluster_id, {name: max(0, end - start) for name, start, end in ranks})
+    return RayTimes(cluster_id, {name: _lived(start, end) for name, start, end in ranks})
+
+
+def _lived(start_ms: int, end_ms: int) -> int | None:
+    """One that was ended before it had come up held nothing."""
+    return (end_ms - start_ms if start_ms else 0) if end_ms else None
