@@ -46,6 +46,10 @@ class Outputs:
             self._warn(f"the checkpoint of step {given_up.step} was not stored: the object store is too slow")
         self._wake.set()
 
+    @property
+    def busy(self) -> bool:
+        return not self._task.done() and (self._uploading or bool(self._waiting))
+
     async def drain(self) -> None:
         """Until all is uploaded or given up."""
         self._closing = True
@@ -56,7 +60,7 @@ class Outputs:
 
     def give_up(self) -> None:
         """Time is up: what is not in the store by now does not get there."""
-        if not self._task.done() and (self._uploading or self._waiting):
+        if self.busy:
             self.failed = "the object store did not take it in time"
             self._warn(f"what was saved last was not stored: {self.failed}")
         self._task.cancel()

@@ -169,6 +169,8 @@ class Rank:
         try:
             code = await self._run_child(config, outputs)
             self._meter.switch("saving")
+            if outputs.busy:
+                self._emit(msgspec.to_builtins(Phase(name="saving")))
             await outputs.drain()
         finally:
             await outputs.cancel()

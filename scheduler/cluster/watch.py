@@ -33,8 +33,8 @@ class Watch:
 
     Hung: no step for max(``hang_floor_s``, 20 × the median step) while training; no sign at all for as long while
     evaluating and saving, and for ``LOADING_FACTOR`` times as long while loading.
-    Unresponsive: max(``grace_s``, 3 × the median step) after a stop request nothing is saved yet, or ``grace_s`` after
-    that has begun it is not over.
+    Unresponsive: max(``grace_s``, 3 × the median step) after a stop request nothing is being saved yet, or ``grace_s``
+    after that began, or after the request that met it, it is not over.
     ``always``: one deadline whatever the phase (verdicts).
     """
 
@@ -73,6 +73,8 @@ class Watch:
     def stopping(self) -> None:
         if self._asked_at is None:
             self._asked_at = self._clock()
+            if self._phase == "saving":
+                self._obeyed_at = self._asked_at
 
     def overdue(self) -> Overdue | None:
         """Whose time is up, and how long since."""

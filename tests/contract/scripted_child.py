@@ -46,18 +46,20 @@ class Player:
         time.sleep(s)
 
     def do_train(self, steps: int, every_s: float = 0.02, first: int = 1, checkpoint_every: int = 0) -> None:
-        """Steps until they are done or a stop request comes, which is obeyed with a checkpoint."""
+        """Steps until they are done or a stop request comes, which is obeyed with a checkpoint, if there is none yet."""
         self.say("phase", name="training")
         for step in range(first, first + steps):
             time.sleep(every_s)
             self.say("metrics", step=step, epoch=0, training_loss=1 / step, learning_rate=1e-4)
-            if self.stop:
-                self.say("phase", name="saving")
+            due = checkpoint_every and step % checkpoint_every == 0
+            if due:
                 self.do_checkpoint(step)
+            if self.stop:
+                if not due:
+                    self.say("phase", name="saving")
+                    self.do_checkpoint(step)
                 self.say("finished", outcome="stopped", step=step, reason=self.stop)
                 sys.exit(0)
-            if checkpoint_every and step % checkpoint_every == 0:
-                self.do_checkpoint(step)
 
     def do_checkpoint(self, step: int) -> None:
         folder = Path(self.config["output_dir"]) / "checkpoints" / f"a{self.config['attempt']}-s{step}"

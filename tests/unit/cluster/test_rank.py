@@ -15,7 +15,9 @@ from control_plane.states import Outcome, StopReason
 from control_plane.storage import Storage
 from scheduler.cluster import rank as ranks
 from scheduler.cluster.rank import Rank, Report
+from scheduler.cluster.watch import Watch
 from tests.contract.harness import CHILD, Script, make_spec
+from tests.fakes import Clock
 from trainer.config import World
 
 SOON_S = 5.0
@@ -52,6 +54,12 @@ class Bench:
     async def until(self, kind: str) -> None:
         async with asyncio.timeout(SOON_S):
             while kind not in [event["type"] for event in self.events]:
+                await self.poll()
+                await asyncio.sleep(0.01)
+
+    async def until_phase(self, name: str) -> None:
+        async with asyncio.timeout(SOON_S):
+            while {"type": "phase", "name": name} not in self.events:
                 await self.poll()
                 await asyncio.sleep(0.01)
 
@@ -95,6 +103,29 @@ async def test_a_store_that_hangs_while_stopping_is_given_up(tmp_path: Path, mon
     assert "stored" not in [event["type"] for event in bench.events]
     (warning,) = [event["message"] for event in bench.events if event["type"] == "log"]
     assert "did not take it in time" in warning
+
+
+async def test_a_child_that_has_nothing_new_to_save_leaves_its_time_to_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its steps were: the watch hears that only what was saved before is still being stored."""
+    script: Script = [{"do": "train", "steps": 100_000, "checkpoint_every": 1}]
+    clock = Clock()
+    watched = Watch(hang_floor_s=600, grace_s=20, clock=clock)
+    async with running(tmp_path, script, monkeypatch, hangs="/checkpoints/") as bench:
+        await bench.until("metrics")
+        for _ in range(3):
+            clock.advance(60)
+            watched.heard({"type": "metrics"})
+        await bench.rank.stop(StopReason.PAUSE)
+        watched.stopping()
+        await bench.until_phase("saving")
+        for event in bench.events:
+            watched.heard(event)
+        clock.advance(21)
+        overdue = watched.overdue()
+    assert overdue is not None
+    assert overdue.message == "its checkpoint was not stored within 20 s"
 
 
 async def test_a_store_that_hangs_at_the_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

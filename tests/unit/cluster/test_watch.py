@@ -117,7 +117,8 @@ def test_whoever_is_deaf_has_the_grace_in_any_phase(phase: dict[str, str] | None
     watched.stopping()
     watched.heard(LOG)
     watched.beat()
-    told = "UNRESPONSIVE: the trainer did not stop within 20 s of being asked to"
+    late = "its checkpoint was not stored" if phase is SAVING else "the trainer did not stop"
+    told = f"UNRESPONSIVE: {late} within 20 s" + (" of being asked to" if phase is not SAVING else "")
     assert is_given_up_after(watched, clock, 20) == told
 
 
@@ -135,6 +136,16 @@ def test_saving_and_storing_have_one_grace_together() -> None:
     watched.heard(EVALUATING)
     watched.heard(SAVING)
     assert is_given_up_after(watched, clock, 10) == "UNRESPONSIVE: its checkpoint was not stored within 20 s"
+
+
+def test_who_is_asked_while_it_saves_has_no_step_to_end() -> None:
+    clock = Clock()
+    watched = watch(clock)
+    train(watched, clock, 3, 60.0)
+    watched.heard(SAVING)
+    clock.advance(30)
+    watched.stopping()
+    assert is_given_up_after(watched, clock, 20) == "UNRESPONSIVE: its checkpoint was not stored within 20 s"
 
 
 def test_asking_again_does_not_prolong_the_grace() -> None:
