@@ -70,7 +70,7 @@ class StatementSummary(Out):
     month: str
     """YYYY-MM, UTC."""
     closed: bool
-    """The month is over: nothing of it changes any more."""
+    """The month has been over for a day: nothing of it changes any more."""
     total: Money
     by_type: dict[str, Money]
     jobs: int

@@ -1,7 +1,7 @@
 """Paused jobs, and what lets them go on: a user's word, or for those that the budget paused the budget itself.
 
-The rule: a job that the budget paused goes on when its team's budget pays for loading it again and for training up to
-its next checkpoint, by what both have taken so far. So it never goes on without getting further.
+The rule: a paused job goes on when its team's budget pays for loading it again and for training up to its next
+checkpoint, by what both have taken so far. So it never goes on without getting further.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from control_plane.errors import BudgetExceeded, Conflict
 from control_plane.money import charge, usd
 from control_plane.services import budget, lifecycle
 from control_plane.states import Status, StopReason
-from control_plane.tables import Attempt, AttemptUsage, BudgetHold, CostRecord, TrainingJob
+from control_plane.tables import Attempt, AttemptUsage, BudgetHold, Checkpoint, CostRecord, TrainingJob
 from control_plane.tables.money import CostType
 
 LOADING, WORK = "loading", ("training", "evaluating", "saving")
@@ -60,26 +60,32 @@ async def go_on(session: AsyncSession, job: TrainingJob) -> bool:
     """Queue a job that the budget has paused, if it allows it to go on. ``job``: its row is locked."""
     if job.status is not Status.PAUSED or job.paused_by is not StopReason.BUDGET or not await secure(session, job):
         return False
-    await lifecycle.note(session, job, "INFO", "The budget allows it again: the job goes on from its last checkpoint.")
-    return await lifecycle.transition(session, job, Status.QUEUED)
+    return await _queue(session, job)
 
 
 async def resume(session: AsyncSession, job: TrainingJob) -> None:
     """As the user asks. ``job``: its row is locked. Raises Conflict unless it is paused, BudgetExceeded."""
     if job.status is not Status.PAUSED:
         raise Conflict(lifecycle.refusal("resume", job))
-    if job.paused_by is not StopReason.BUDGET:
-        await lifecycle.transition(session, job, Status.QUEUED)
-    elif not await go_on(session, job):
+    if not await secure(session, job):
         raise BudgetExceeded(await waits_for(session, job))
+    await _queue(session, job)
+
+
+async def _queue(session: AsyncSession, job: TrainingJob) -> bool:
+    if job.paused_by is StopReason.BUDGET:
+        told = "The budget allows it again: the job goes on from its last checkpoint."
+        await lifecycle.note(session, job, "INFO", told)
+    return await lifecycle.transition(session, job, Status.QUEUED)
 
 
 async def waits_for(session: AsyncSession, job: TrainingJob) -> str:
-    """What a job that the budget has paused waits for."""
+    """What a paused job waits for that the budget does not let go on."""
     needed, left = await means(session, job)
+    then = "can be resumed" if job.paused_by is StopReason.PAUSE else "goes on by itself"
     return (
-        f"The monthly budget leaves {usd(max(0, left or 0))} USD for this job; it goes on by itself once it leaves "
-        f"{usd(needed)} USD, enough to load it and reach its next checkpoint (PUT /api/budget raises it)"
+        f"The monthly budget leaves {usd(max(0, left or 0))} USD for this job; it {then} once it leaves "
+        f"{usd(max(1, needed))} USD, enough to load it and reach its next checkpoint (PUT /api/budget raises it)"
     )
 
 
@@ -95,9 +101,21 @@ async def _needed_ms(session: AsyncSession, job: TrainingJob) -> int:
     ).all()
     loading = max((int(row.gpu_ms) for row in spent if row.kind == LOADING), default=0)
     work = sum(int(row.gpu_ms) for row in spent if row.kind in WORK)
-    total, done = job.total_steps or 1, job.current_step or 0
+    total, reached = job.total_steps or 1, job.current_step or 0
+    trained = max(1, reached - await _first_step(session, job))
     interval = job.hyperparameters.get("checkpointSteps") or math.ceil(total / max(1, job.total_epochs))
-    return loading + math.ceil(work / max(1, done) * max(1, min(interval, total - done)))
+    return loading + math.ceil(work / trained * max(1, min(interval, total - reached)))
+
+
+async def _first_step(session: AsyncSession, job: TrainingJob) -> int:
+    """Where its first attempt began: a retry goes on from a checkpoint of the job that it retries."""
+    begun = (
+        select(func.min(func.coalesce(Checkpoint.step, 0)))
+        .select_from(Attempt)
+        .outerjoin(Checkpoint, Checkpoint.id == Attempt.resumed_from)
+        .where(Attempt.work_id == job.id, Attempt.started_at.is_not(None))
+    )
+    return int(await session.scalar(begun) or 0)
 
 
 async def _hold(session: AsyncSession, job_id: str) -> BudgetHold | None:

@@ -1,5 +1,5 @@
-"""What a team was charged, month by month. A month that is over never changes: whatever is found out later is recorded,
-and so stands, in the month in which that happens."""
+"""What a team was charged, month by month. A month that is closed never changes: whatever is found out later is
+recorded, and so stands, in the month in which that happens."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from control_plane.tables import CostRecord, TrainingJob, now
 from control_plane.tables.money import gpu_ms_of_record, kind_of_record
 
 MONTH = re.compile(r"(2\d{3})-(0[1-9]|1[0-2])")
+SETTLED_AFTER = timedelta(days=1)
+"""A month is closed so long after its end: the clock of a machine that records may be behind."""
 CSV_COLUMNS = ("month", "costType", "jobId", "records", "charged", "reversed", "amount", "gpuMs", "absorbedMs")
 
 
@@ -49,7 +51,7 @@ class Month(NamedTuple):
 
     @property
     def closed(self) -> bool:
-        return self.end <= now()
+        return self.end + SETTLED_AFTER <= now()
 
 
 _REVERSAL, _ABSORBED = kind_of_record() == "reversal", kind_of_record() == "absorbed"

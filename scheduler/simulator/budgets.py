@@ -154,4 +154,5 @@ class Budgets:
         held = [(fact.held_ms(0), fact.loaded_ms) for fact in facts]
         loading = max((ms if loaded is None else loaded for ms, loaded in held), default=0)
         work = sum(ms - loaded for ms, loaded in held if loaded is not None)
-        return loading + work / max(1, done) * max(1, min(interval, total - done))
+        trained = done - min((fact.first_step for fact in facts if fact.loaded_ms is not None), default=0)
+        return loading + work / max(1, trained) * max(1, min(interval, total - done))

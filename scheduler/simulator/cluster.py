@@ -62,6 +62,8 @@ class Fact:
     """Key of the checkpoint that it went on from."""
     loaded_ms: int | None = None
     """What all ranks had held when training began."""
+    first_step: int = 0
+    """… and the step from which it went on."""
     heard_ms: int = 0
     """Held by the last event that a scheduler has stored: it asked for those after it."""
     ends_hidden: bool = False
@@ -315,7 +317,7 @@ class Child:
     async def _train(self, step: int) -> None:
         training = self._cluster.training_of(self._fact.work_id)
         await asyncio.sleep(training.load_s)
-        self._fact.loaded_ms = self._used_ms()
+        self._fact.loaded_ms, self._fact.first_step = self._used_ms(), step
         conversations = {"train_conversations": 9, "validation_conversations": 1}
         self._emit("plan", total_steps=training.steps, total_epochs=1, start_step=step, **conversations)
         self._emit("phase", name="training")

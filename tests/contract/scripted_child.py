@@ -46,7 +46,7 @@ class Player:
         time.sleep(s)
 
     def do_train(self, steps: int, every_s: float = 0.02, first: int = 1, checkpoint_every: int = 0) -> None:
-        """Steps until they are done or a stop request comes, which is obeyed with a checkpoint, if there is none yet."""
+        """Steps until they are done or a stop request comes, which is obeyed with a checkpoint unless there is one."""
         self.say("phase", name="training")
         for step in range(first, first + steps):
             time.sleep(every_s)

@@ -145,7 +145,7 @@ class Compared(RuleBasedStateMachine):
                 model.used(int(rank), kind, gpu_ms)
         for up in batch.events:
             if up.event["type"] == "started":
-                model.started()
+                model.started(up.event["step"])
             if up.event["type"] == "metrics":
                 model.step = up.event["step"]
             if up.event["type"] == "stored":

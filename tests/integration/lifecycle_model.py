@@ -43,6 +43,8 @@ class ModelJob:
     reached: int = 0
     """… of this attempt."""
     step: int = 0
+    began: int | None = None
+    """The step from which the first of its attempts went on."""
     used_ms: dict[tuple[int, int, str], int] = field(default_factory=dict)
     """GPU time by attempt, rank and kind, as heard."""
 
@@ -91,7 +93,8 @@ class ModelJob:
             self.reached = 0
             self._go("INITIALIZING")
 
-    def started(self) -> None:
+    def started(self, step: int) -> None:
+        self.began = step if self.began is None else min(step, self.began)
         if self.status == "INITIALIZING":
             self.status = "RUNNING"
 
@@ -134,7 +137,9 @@ class ModelJob:
             else:
                 work_ms += gpu_ms
         steps = max(1, min(self.recipe.checkpoint_steps, self.recipe.steps - self.step))
-        gpu_ms = max(loading.values(), default=0) + math.ceil(Fraction(work_ms * steps, max(1, self.step)))
+        gpu_ms = max(loading.values(), default=0) + math.ceil(
+            Fraction(work_ms * steps, max(1, self.step - (self.began or 0)))
+        )
         return round(Fraction(gpu_ms * self.recipe.microusd_per_hour, HOUR_MS))
 
     def _count(self, outcome: str) -> None:

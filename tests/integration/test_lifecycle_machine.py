@@ -67,7 +67,7 @@ class Lifecycle(Compared):
         job = one(self.models, pick)
         if action == "retry":
             self.retry(job)
-        elif action == "resume" and self.models[job].paused_by == "BUDGET":
+        elif action == "resume" and self.models[job].status == "PAUSED":
             self.resume_for_money(job)
         else:
             self.ask(job, action)

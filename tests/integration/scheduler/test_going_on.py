@@ -27,6 +27,7 @@ from control_plane.tables import (
 )
 from scheduler.verify import verify
 from tests.integration.scheduler.conftest import House
+from tests.ledgers import checkpoint
 from tests.rows import make_attempt, make_job, make_team
 
 SECOND = 100
@@ -139,6 +140,19 @@ async def test_a_users_pause_stays(house: House) -> None:
         await house.until_running(job_id, 2)
 
 
+async def test_pausing_it_as_well_does_not_get_around_the_budget(database: Database) -> None:
+    async with database.write() as session:
+        team = await make_team(session, budget_microusd=10 * SECOND)
+    job = await at_the_ceiling(database, team, training=10)
+    async with database.write() as session:
+        row = await session.get_one(TrainingJob, job.id)
+        await request_stop(session, row, StopReason.PAUSE)
+        with pytest.raises(BudgetExceeded, match="it can be resumed once it leaves"):
+            await paused.resume(session, row)
+    async with database.read() as session:
+        assert (await session.get_one(TrainingJob, job.id)).status is Status.PAUSED
+
+
 async def test_a_user_who_pauses_it_in_the_meantime_is_heeded(database: Database) -> None:
     job = await at_the_ceiling(database, training=10)
     async with database.write() as session:
@@ -213,6 +227,24 @@ async def test_what_it_needs_is_loading_and_the_way_to_the_next_checkpoint(
         found = await paused.means(session, job)
     expected = needed_s if step == 10 else 7 + 20 / 38 * 2
     assert found.needed == pytest.approx(expected * SECOND, abs=1)
+
+
+async def test_the_steps_of_the_job_that_it_retries_are_not_its_own(database: Database) -> None:
+    """From step 300 it has trained five steps of ten seconds; it saves every ten."""
+    old = await at_the_ceiling(database, training=10)
+    job = await at_the_ceiling(database, loading=2, training=50)
+    async with database.write() as session:
+        before, attempt = [
+            await session.scalar(select(Attempt).where(Attempt.work_id == work)) for work in (old.id, job.id)
+        ]
+    point = await checkpoint(database, (old.id, before.id), 300, {})
+    async with database.write() as session:
+        attempt = await session.get_one(Attempt, attempt.id)
+        attempt.started_at, attempt.resumed_from = job.queued_at, point
+        job = await session.get_one(TrainingJob, job.id)
+        job.hyperparameters = {**job.hyperparameters, "checkpointSteps": 10}
+        job.total_steps, job.current_step = 400, 305
+        assert (await paused.means(session, job)).needed == (2 + 10 * 10) * SECOND
 
 
 async def test_the_same_money_is_promised_to_one(database: Database) -> None:

@@ -79,6 +79,14 @@ async def books(database: Database, monkeypatch: pytest.MonkeyPatch) -> Books:
     return books
 
 
+@pytest.mark.parametrize(("at", "closed"), [((11, 1, 23, 59), False), ((11, 2, 0, 0), True)])
+def test_a_month_is_closed_a_day_after_its_end(
+    monkeypatch: pytest.MonkeyPatch, at: tuple[int, int, int, int], closed: bool
+) -> None:
+    monkeypatch.setattr(base, "clock", lambda: datetime(2026, *at, tzinfo=UTC))
+    assert statements.Month.named("2026-10").closed is closed
+
+
 async def test_a_month_that_is_over_never_changes(books: Books) -> None:
     (before,), lines = await books.listed(), await books.of("2026-10")
     assert before == StatementSummary(
