@@ -124,10 +124,12 @@ def _hang(scene: Scene, fault: Fault) -> Iterator[None]:
     begun = time.monotonic()
     victim.send_signal(signal.SIGSTOP)
     _seen(lambda: victim.status() == psutil.STATUS_STOPPED, f"{victim} stands still")
-    _seen(lambda: not victims.lives(victim), f"{victim} was ended by its watcher", 60)
-    scene.silences.api_hung.append((begun, time.monotonic()))
-    scene.silences.api_deaths.append(time.monotonic())
-    yield
+    try:
+        yield
+    finally:
+        _seen(lambda: not victims.lives(victim), f"{victim} was ended by its watcher", 60)
+        scene.silences.api_hung.append((begun, time.monotonic()))
+        scene.silences.api_deaths.append(time.monotonic())
 
 
 @contextmanager
