@@ -259,12 +259,15 @@ class Collector:
         return await ledger.allowance_ms(session, work, attempt, ahead_ms)
 
     async def _times(self, name: str, known: list[RankTimes]) -> list[RankTimes]:
-        """The ranks' times once Ray has recorded their ends; what is known after a while if it does not."""
-        deadline = asyncio.get_running_loop().time() + ENDS_KNOWN_S
+        """The ranks' times once Ray has recorded their ends; if it does not, what it knows when asked after a while: an
+        answer that was long on its way is an old one."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + ENDS_KNOWN_S
         times = known
         while not times or any(rank.end_ms == 0 for rank in times):
+            asked = clock()
             times = await self._executor.times(name) or times
-            if all(rank.end_ms for rank in times) or asyncio.get_running_loop().time() > deadline:
+            if all(rank.end_ms for rank in times) or asked > deadline:
                 break
             await pause(0.1)
         return times

@@ -196,7 +196,7 @@ class Books:
         tolerance = TOLERANCE_MS * (fact.ranks if fact else 0)
         if account.used > held + tolerance:
             self.oracle.fail("nothing is billed twice", f"{name}: {account} of {held} ms held")
-        known = fact.heard_ms if fact and fact.ends_hidden else held
+        known = fact.known_ms if fact else 0
         if account.used < known - tolerance:
             self.oracle.fail("billed + absorbed = held", f"{name}: {account} of {known} ms known, {held} ms held")
 
@@ -213,8 +213,9 @@ class Books:
         due = max(0, counts - loading)
         if account.billed > due + tolerance:
             self.oracle.fail("what was lost is not billed", f"{name} {outcome}: {account}, at most {due} ms")
-        if account.billed < due - tolerance:
-            self.oracle.fail("what was used is billed", f"{name} {outcome}: {account}, at least {due} ms")
+        least = max(0, min(counts, fact.known_ms) - loading)
+        if account.billed < least - tolerance:
+            self.oracle.fail("what was used is billed", f"{name} {outcome}: {account}, at least {least} ms")
 
     def _known(self, job_id: str) -> set[str]:
         """Keys of the checkpoints that the platform has heard of."""

@@ -66,8 +66,15 @@ class Fact:
     """… and the step from which it went on."""
     heard_ms: int = 0
     """Held by the last event that a scheduler has stored: it asked for those after it."""
+    unheard_ms: int = 0
+    """Held in a cluster that was lost before a scheduler heard of it."""
     ends_hidden: bool = False
     """The cluster never told, or told too late, when its ranks ended."""
+
+    @property
+    def known_ms(self) -> int:
+        """Of what it held in all, what somebody could know."""
+        return (self.heard_ms if self.ends_hidden else self.held_ms(0)) - self.unheard_ms
 
     def held_ms(self, until_ms: int) -> int:
         return sum((stay.end_ms or until_ms) - stay.begin_ms for stay in self.stays)
@@ -138,9 +145,9 @@ class Cluster(FakeExecutor):
 
     async def poll(self, name: str, cursor: int, *, epoch: int, allowance_ms: int | None) -> Batch:
         batch = await super().poll(name, cursor, epoch=epoch, allowance_ms=allowance_ms)
-        if cursor:
+        fact = self.facts.get(name)
+        if cursor and fact is not None:
             stored = self.attempts[name].events[cursor - 1]
-            fact = self.facts[name]
             fact.heard_ms = max(fact.heard_ms, fact.held_by(round(stored.at * 1000)))
         return batch
 
@@ -206,6 +213,7 @@ class Cluster(FakeExecutor):
         super()._occupy(attempt)
         fact = self.facts.get(attempt.spec.name) or self.new_fact(attempt)
         begin_ms = round(self.clock() * 1000)
+        fact.unheard_ms = max(0, fact.held_by(begin_ms) - fact.heard_ms)
         self.world.oracle.occupied(fact)
         fact.stays += [Stay(rank, begin_ms) for rank in range(fact.ranks)]
 

@@ -177,6 +177,27 @@ async def test_an_ending_ends_once(bench: Bench) -> None:
     assert (attempt.outcome, attempt.held_ms) == (Outcome.COMPLETED, 15_000)
 
 
+async def test_an_answer_that_was_long_on_its_way_is_asked_for_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be older than the end of the ranks that it does not know."""
+    monkeypatch.setattr("scheduler.collect.ENDS_KNOWN_S", 0.05)
+    old, true = RankTimes(0, 1_000, 0, "n1"), RankTimes(0, 1_000, 16_000, "n1")
+    answers = [true, old]
+
+    async def times(name: str) -> list[RankTimes]:
+        answer = answers.pop()
+        if answer is old:
+            await asyncio.sleep(0.1)
+        return [answer]
+
+    monkeypatch.setattr(bench.executor, "times", times)
+    usage = {"0": {"loading": 2_000, "training": 12_500}}
+    await bench.apply(Batch([ADAPTER], usage, Ending("FAULT", "RANK_DIED", times=[old])))
+    async with bench.database.read() as session:
+        assert (await session.get_one(Attempt, bench.attempt_id)).held_ms == 15_000
+
+
 async def test_repeated_steps_overwrite_their_points(bench: Bench) -> None:
     place = await bench.apply(Batch([metrics(1, 1, 3.0), metrics(2, 2, 2.0)]))
     assert place is not None
