@@ -41,7 +41,7 @@ class Part:
     name: str
     command: Command
     probe: Callable[[], Probe]
-    """Called at each start; what it gives is asked until it says that the part is ready."""
+    """Called before each start; what it gives is asked until it says that the part is ready."""
     url: str = ""
     after: str = ""
     """Name of the part that must be ready before this one is started."""
@@ -134,8 +134,9 @@ class Keeper:
     async def _one_life(self) -> tuple[str, float]:
         """Start the part, and return when nothing of it is left: how it ended, and how long it was ready."""
         begun, ready_s, reason = time.monotonic(), 0.0, "was not ready in time"
+        ready = self.part.probe()
         process = await self._spawn()
-        if await self._comes_up(process):
+        if await self._comes_up(process, ready):
             again = "again " if self.ready.is_set() else ""
             self._note(f"{self.part.name:<9} ready {again}after {time.monotonic() - begun:4.1f} s  {self.part.url}")
             self.ready.set()
@@ -192,9 +193,8 @@ class Keeper:
             )
         return self.process
 
-    async def _comes_up(self, process: Process) -> bool:
+    async def _comes_up(self, process: Process, ready: Probe) -> bool:
         deadline = time.monotonic() + READY_TIMEOUT_S
-        ready = self.part.probe()
         while process.returncode is None and time.monotonic() < deadline:
             if await ready():
                 return True
